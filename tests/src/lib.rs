@@ -1,0 +1,1 @@
+//! End-to-end tests of hutch; see the `tests` folder of this crate.
