@@ -1,0 +1,46 @@
+//! What the engine is told once, at its start.
+
+use std::path::PathBuf;
+
+use hutch_proto::LimitPolicy;
+
+/// How an [`Engine`](crate::Engine) treats every job.
+#[derive(Debug, Clone)]
+pub struct EngineConfig {
+    /// Directory of its own, made if missing (mode 0700): the host layer's skeleton, named volumes.
+    pub data_dir: PathBuf,
+    /// How many jobs run at one time; slots are numbered from 0.
+    pub slots: u32,
+    /// Whether jobs may stack the host's own programs.
+    pub allow_host_layer: bool,
+    /// Directories below which `host_path` volumes may lie.
+    pub allowed_host_paths: Vec<PathBuf>,
+    /// Directories below which `dir:` layers may lie.
+    pub layer_dirs: Vec<PathBuf>,
+    /// Defaults and maximums of the limits.
+    pub limits: LimitPolicy,
+    /// Up to this `disk_bytes` what a job writes lives in memory.
+    pub scratch_memory_bytes: u64,
+    /// How many entries of outputs are listed at most.
+    pub max_output_files: usize,
+    /// How many bytes of files go into the archive at most.
+    pub max_archive_bytes: u64,
+}
+
+impl EngineConfig {
+    /// The defaults, below this data directory.
+    #[must_use]
+    pub fn new(data_dir: PathBuf) -> Self {
+        Self {
+            data_dir,
+            slots: 1,
+            allow_host_layer: false,
+            allowed_host_paths: Vec::new(),
+            layer_dirs: Vec::new(),
+            limits: LimitPolicy::default(),
+            scratch_memory_bytes: 256 << 20,
+            max_output_files: 10_000,
+            max_archive_bytes: 256 << 20,
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! What the engine says of a job that it ran, before the worker adds who asked and who answered.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+
+use hutch_proto::{
+    Captured, JobId, JobResult, LimitHit, Outputs, Reason, Status, StepResult, Timeline, Timestamp, Usage,
+};
+
+/// How one job ended.
+#[derive(Debug)]
+pub struct Report {
+    /// How it ended.
+    pub status: Status,
+    /// Why; none on success.
+    pub reason: Option<Reason>,
+    /// The same in words.
+    pub message: String,
+    /// The limit that was hit.
+    pub limit: Option<LimitHit>,
+    /// The deciding program's exit code.
+    pub exit_code: Option<i32>,
+    /// The signal that ended the deciding program.
+    pub signal: Option<String>,
+    /// What the steps wrote to stdout, one after another.
+    pub stdout: Captured,
+    /// What the steps wrote to stderr.
+    pub stderr: Captured,
+    /// What the whole job used.
+    pub usage: Usage,
+    /// What was kept of what it wrote.
+    pub outputs: Outputs,
+    /// The archive that `outputs` names: an unlinked file with its compressed bytes.
+    pub archive: Option<File>,
+    /// Every step that ran.
+    pub steps: Vec<StepResult>,
+    /// When the engine began; none if the job was refused before.
+    pub started_at: Option<Timestamp>,
+    /// When the verdict was there.
+    pub finished_at: Timestamp,
+    /// Microseconds of each part.
+    pub durations: Durations,
+}
+
+/// How long each part of a job took, in microseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Durations {
+    /// From the engine's start to the first program's.
+    pub setup_us: u64,
+    /// The programs.
+    pub run_us: u64,
+    /// Reading what they wrote.
+    pub collect_us: u64,
+    /// Taking the sandbox down, as far as it delayed the answer.
+    pub teardown_us: u64,
+}
+
+/// Whose job it was and who answers.
+#[derive(Debug, Clone)]
+pub struct JobFacts {
+    /// The job.
+    pub id: JobId,
+    /// Which attempt this was, from 1.
+    pub attempt: u32,
+    /// The worker's name.
+    pub worker: String,
+    /// When the queue accepted the job.
+    pub submitted_at: Timestamp,
+    /// The job's labels.
+    pub labels: BTreeMap<String, String>,
+}
+
+impl Report {
+    /// The job's result.
+    #[must_use]
+    pub fn into_result(self, facts: JobFacts) -> JobResult {
+        let begun = self.started_at.unwrap_or(self.finished_at);
+        let queued = begun.since(facts.submitted_at);
+        JobResult {
+            id: facts.id,
+            attempt: facts.attempt,
+            worker: facts.worker,
+            status: self.status,
+            reason: self.reason,
+            message: self.message,
+            limit: self.limit,
+            exit_code: self.exit_code,
+            signal: self.signal,
+            stdout: self.stdout,
+            stderr: self.stderr,
+            usage: self.usage,
+            outputs: self.outputs,
+            steps: self.steps,
+            timeline: Timeline {
+                submitted_at: facts.submitted_at,
+                started_at: self.started_at,
+                finished_at: self.finished_at,
+                queue_ms: u64::try_from(queued.as_millis()).unwrap_or(u64::MAX),
+                setup_us: self.durations.setup_us,
+                run_us: self.durations.run_us,
+                collect_us: self.durations.collect_us,
+                teardown_us: self.durations.teardown_us,
+            },
+            labels: facts.labels,
+        }
+    }
+}
