@@ -34,7 +34,7 @@ pub struct EngineError(String);
 
 /// Runs jobs; cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Engine(Arc<EngineConfig>);
+pub struct Engine(#[expect(dead_code, reason = "read by the stages to come")] Arc<EngineConfig>);
 
 /// One job for the engine.
 #[derive(Debug)]
