@@ -5,7 +5,7 @@ use hutch_proto::{Content, JobSpec, Problem};
 
 /// Why a job's inputs could not be had.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum InputError {
+pub enum InputError {
     /// The job names something that cannot be given to it; another try would end the same.
     #[error("{0}")]
     Wrong(Problem),
@@ -20,7 +20,10 @@ pub(crate) enum InputError {
 }
 
 /// Puts the bytes of every blob in place of its name, at most `most` bytes in all.
-pub(crate) async fn resolve(job: &mut JobSpec, blobs: &BlobStore, most: u64) -> Result<(), InputError> {
+///
+/// # Errors
+/// [`InputError`], with the field that names the blob.
+pub async fn resolve(job: &mut JobSpec, blobs: &BlobStore, most: u64) -> Result<(), InputError> {
     let mut left = most;
     for (path, content) in contents(job) {
         let Content::Blob(digest) = &*content else { continue };

@@ -26,5 +26,6 @@ mod worker;
 pub use config::WorkerConfig;
 pub use drain::Drain;
 pub use http::router;
+pub use inputs::{InputError, resolve as resolve_inputs};
 pub use runner::Runner;
 pub use worker::{Worker, WorkerError};
