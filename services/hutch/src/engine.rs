@@ -1,0 +1,34 @@
+//! From the settings to an engine's config.
+
+use std::path::PathBuf;
+
+use hutch_sandbox::EngineConfig;
+
+use crate::settings::{Settings, absolute};
+
+/// The engine of a worker.
+pub(crate) fn shared(settings: &Settings) -> anyhow::Result<EngineConfig> {
+    let worker = &settings.worker;
+    Ok(EngineConfig {
+        slots: worker.slots,
+        allow_host_layer: worker.allow_host_layer,
+        allowed_host_paths: worker.allowed_host_paths.clone(),
+        layer_dirs: worker.layer_dirs.clone(),
+        limits: settings.limits()?,
+        scratch_memory_bytes: worker.scratch_memory_bytes.0,
+        max_output_files: worker.max_output_files,
+        max_archive_bytes: worker.max_archive_bytes.0,
+        ..EngineConfig::new(absolute(&settings.data_dir)?)
+    })
+}
+
+/// The engine of `hutch run`: the caller may use whatever the caller can read.
+pub(crate) fn alone(settings: &Settings) -> anyhow::Result<EngineConfig> {
+    Ok(EngineConfig {
+        slots: 1,
+        allow_host_layer: true,
+        allowed_host_paths: vec![PathBuf::from("/")],
+        layer_dirs: vec![PathBuf::from("/")],
+        ..shared(settings)?
+    })
+}

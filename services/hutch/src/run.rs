@@ -1,0 +1,164 @@
+//! `hutch run`: one job, here, without a queue.
+//!
+//! Flags and spec become a job; an engine with one slot runs it, and what it writes goes straight to
+//! this command's own stdout and stderr. Ctrl-C, or a reader that has gone away, calls the job off.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use anyhow::{Context, bail};
+use hutch_layers::BlobStore;
+use hutch_proto::{JobResult, JobSpec, Timestamp};
+use hutch_sandbox::{Engine, JobFacts, Launcher, Observer, Order, Report, Stream};
+use tokio_util::sync::CancellationToken;
+
+use crate::cli::RunArgs;
+use crate::settings::{self, Flags, Settings};
+use crate::{engine, exit, order, signals, term, unpack, verdict};
+
+/// Runs the job that these arguments describe.
+pub(crate) async fn run(
+    args: RunArgs,
+    config: Option<&Path>,
+    launcher: Option<Launcher>,
+) -> anyhow::Result<ExitCode> {
+    let flags = Flags::default().set(
+        "data_dir",
+        "--data",
+        args.data_dir.as_ref().map(|path| path.display().to_string()),
+    );
+    let settings = settings::load(config, &flags)?.settings;
+    let job = order::job(&args)?;
+    let launcher = launcher.context("the launcher was not started")?;
+    let engine = Engine::new(launcher, engine::alone(&settings)?)?;
+    let result = Run { settings: &settings, args: &args }.job(&engine, job).await?;
+    conclude(&args, &result)
+}
+
+/// Says how it went, and exits so.
+fn conclude(args: &RunArgs, result: &JobResult) -> anyhow::Result<ExitCode> {
+    if args.json {
+        term::line(serde_json::to_string_pretty(result).context("the result cannot be shown")?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    if !args.quiet {
+        if !verdict::is_success(result) {
+            term::note(verdict::sentence(result));
+            if result.timeline.started_at.is_some() {
+                term::note(verdict::usage(&result.usage));
+            }
+        }
+        if args.output_dir.is_none() && !result.outputs.files.is_empty() {
+            term::note(format!("{} outputs; --output-dir DIR unpacks them", result.outputs.files.len()));
+        }
+    }
+    Ok(exit::of(result))
+}
+
+struct Run<'a> {
+    settings: &'a Settings,
+    args: &'a RunArgs,
+}
+
+impl Run<'_> {
+    async fn job(&self, engine: &Engine, mut job: JobSpec) -> anyhow::Result<JobResult> {
+        let most = self.settings.worker.max_input_bytes.0;
+        if names_blobs(&job) {
+            hutch_worker::resolve_inputs(&mut job, &self.blobs()?, most).await?;
+        }
+        let facts = JobFacts {
+            id: job.id,
+            attempt: 1,
+            worker: self.settings.worker.name.clone(),
+            submitted_at: Timestamp::now(),
+            labels: job.labels.clone(),
+        };
+        let cancel = CancellationToken::new();
+        let signals = signals::cancel_on_end(cancel.clone());
+        let (printer, printing) = Printer::start(cancel.clone());
+        let order = Order { job, slot: 0, cancel };
+        let mut report = if self.args.json {
+            engine.run(order, &hutch_sandbox::Unobserved).await
+        } else {
+            engine.run(order, &printer).await
+        };
+        signals.abort();
+        drop(printer);
+        if printing.join().is_err() {
+            bail!("what the program wrote could not be shown");
+        }
+        self.keep_outputs(&mut report).await?;
+        Ok(report.into_result(facts))
+    }
+
+    /// Unpacks the archive where the caller wants it, or keeps it under the name that the result says.
+    async fn keep_outputs(&self, report: &mut Report) -> anyhow::Result<()> {
+        let Some((archive, mut file)) = report.outputs.archive.as_ref().zip(report.archive.take()) else {
+            return Ok(());
+        };
+        if let Some(directory) = &self.args.output_dir {
+            io::Seek::rewind(&mut file).context("the archive cannot be read")?;
+            let unpacked = unpack::unpack(&file, directory)?;
+            for skipped in &unpacked.skipped {
+                term::note(format!("left out: {}", term::safe(skipped)));
+            }
+        }
+        if self.args.json {
+            self.blobs()?
+                .put_file(file, &archive.blob)
+                .await
+                .map_err(|error| anyhow::anyhow!(error.full()))?;
+        }
+        Ok(())
+    }
+
+    fn blobs(&self) -> anyhow::Result<BlobStore> {
+        BlobStore::open(&self.settings.store_url()).map_err(|error| anyhow::anyhow!(error.full()))
+    }
+}
+
+fn names_blobs(job: &JobSpec) -> bool {
+    use hutch_proto::Content::Blob;
+    let named = |content: Option<&hutch_proto::Content>| matches!(content, Some(Blob(_)));
+    named(job.stdin.as_ref())
+        || job.files.iter().any(|file| named(Some(&file.content)))
+        || job.steps.iter().any(|step| named(step.stdin.as_ref()))
+}
+
+/// Shows what the program writes, on a thread of its own: the engine never waits for a reader.
+/// What waits is bounded by what is kept of a job's output.
+struct Printer(mpsc::Sender<(Stream, Vec<u8>)>);
+
+impl Printer {
+    fn start(cancel: CancellationToken) -> (Self, JoinHandle<()>) {
+        let (sender, receiver) = mpsc::channel::<(Stream, Vec<u8>)>();
+        let thread = std::thread::spawn(move || {
+            for (stream, bytes) in receiver {
+                let written = match stream {
+                    Stream::Stdout => print(io::stdout().lock(), &bytes),
+                    Stream::Stderr => print(io::stderr().lock(), &bytes),
+                };
+                if written.is_err() {
+                    // The reader has gone away: what comes now is for nobody.
+                    cancel.cancel();
+                }
+            }
+        });
+        (Self(sender), thread)
+    }
+}
+
+fn print(mut out: impl Write, bytes: &[u8]) -> io::Result<()> {
+    out.write_all(bytes)?;
+    out.flush()
+}
+
+impl Observer for Printer {
+    fn output(&self, _step: &str, stream: Stream, bytes: &[u8]) {
+        // A printer that is gone has said why already.
+        let _ = self.0.send((stream, bytes.to_vec()));
+    }
+}

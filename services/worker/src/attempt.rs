@@ -1,0 +1,166 @@
+//! One attempt at one job: fetch its blobs, run it, keep its archive.
+//!
+//! A blob store that cannot be reached is waited for, job in hand. What is then still wrong is either
+//! the job's own fault, and its result says so, or this host's, and no result is made.
+
+use std::fs::File;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hutch_layers::{BlobStore, StoreError};
+use hutch_proto::{Digest, JobResult, JobSpec, Reason, Status, Timestamp};
+use hutch_queue::Queue;
+use hutch_sandbox::{JobFacts, Order, Report};
+use tokio_util::sync::CancellationToken;
+
+use crate::inputs::{self, InputError};
+use crate::relay::{Relay, Speaker};
+use crate::{Runner, WorkerConfig};
+
+/// How an attempt ended.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// With a verdict on the job.
+    Verdict(Box<JobResult>),
+    /// With a fault of this host: nothing is said of the job.
+    Fault {
+        /// `host_error`, or what the engine called it.
+        reason: Reason,
+        /// What happened, in words.
+        message: String,
+    },
+}
+
+impl Outcome {
+    pub(crate) fn fault(message: impl Into<String>) -> Self {
+        Self::Fault { reason: Reason::HostError, message: message.into() }
+    }
+}
+
+/// What every attempt of a worker shares.
+#[derive(Clone)]
+pub(crate) struct Means {
+    pub(crate) runner: Arc<dyn Runner>,
+    pub(crate) queue: Arc<dyn Queue>,
+    pub(crate) blobs: BlobStore,
+    pub(crate) config: Arc<WorkerConfig>,
+}
+
+/// One attempt, before it is made.
+pub(crate) struct Attempt {
+    pub(crate) means: Means,
+    pub(crate) slot: u32,
+    pub(crate) job: JobSpec,
+    pub(crate) attempt: u32,
+    pub(crate) submitted_at: Timestamp,
+    /// Ends the program.
+    pub(crate) cancel: CancellationToken,
+    /// Ends the waiting for a store.
+    pub(crate) hurry: CancellationToken,
+}
+
+impl Attempt {
+    /// Makes the attempt.
+    pub(crate) async fn run(mut self) -> Outcome {
+        let facts = self.facts();
+        match self.fetch().await {
+            Ok(()) => {}
+            Err(InputError::Wrong(problem)) => return rejected(facts, problem.to_string()),
+            Err(error) => return Outcome::fault(error.to_string()),
+        }
+        let speaker = Speaker { id: facts.id, attempt: facts.attempt, worker: facts.worker.clone() };
+        let relay = Relay::start(Arc::clone(&self.means.queue), speaker);
+        let order = Order { job: self.job.clone(), slot: self.slot, cancel: self.cancel.clone() };
+        let mut report = self.means.runner.run(order, &relay).await;
+        relay.close().await;
+        if report.status == Status::InfraError {
+            return Outcome::Fault {
+                reason: report.reason.unwrap_or(Reason::HostError),
+                message: report.message,
+            };
+        }
+        match self.keep_archive(&mut report).await {
+            Ok(()) => Outcome::Verdict(Box::new(report.into_result(facts))),
+            Err(error) => Outcome::fault(format!("the outputs could not be kept: {}", error.full())),
+        }
+    }
+
+    fn facts(&self) -> JobFacts {
+        JobFacts {
+            id: self.job.id,
+            attempt: self.attempt,
+            worker: self.means.config.name.clone(),
+            submitted_at: self.submitted_at,
+            labels: self.job.labels.clone(),
+        }
+    }
+
+    async fn fetch(&mut self) -> Result<(), InputError> {
+        let mut patience = Patience::new(&self.means.config, &self.hurry);
+        let most = self.means.config.max_input_bytes;
+        loop {
+            match inputs::resolve(&mut self.job, &self.means.blobs, most).await {
+                Err(InputError::Store { source, .. })
+                    if source.is_transient() && patience.wait(&source).await => {}
+                done => return done,
+            }
+        }
+    }
+
+    /// Puts the archive into the store under the digest that the report names.
+    async fn keep_archive(&self, report: &mut Report) -> Result<(), StoreError> {
+        let Some((archive, file)) = report.outputs.archive.as_ref().zip(report.archive.take()) else {
+            return Ok(());
+        };
+        let mut patience = Patience::new(&self.means.config, &self.hurry);
+        loop {
+            match self.put(&file, &archive.blob).await {
+                Err(error) if error.is_transient() && patience.wait(&error).await => {}
+                done => return done,
+            }
+        }
+    }
+
+    async fn put(&self, file: &File, digest: &Digest) -> Result<(), StoreError> {
+        let again = file
+            .try_clone()
+            .map_err(|source| StoreError::Transfer { operation: "cannot reopen the archive", source })?;
+        self.means.blobs.put_file(again, digest).await.map(drop)
+    }
+}
+
+/// The result of a job that asks for what cannot be given.
+fn rejected(facts: JobFacts, message: String) -> Outcome {
+    let mut result =
+        JobResult::without_run(facts.id, facts.labels, facts.submitted_at, Reason::SpecInvalid, message);
+    result.attempt = facts.attempt;
+    result.worker = facts.worker;
+    Outcome::Verdict(Box::new(result))
+}
+
+/// Waits between tries, longer each time, until it has waited enough.
+struct Patience<'a> {
+    until: Instant,
+    next: Duration,
+    hurry: &'a CancellationToken,
+}
+
+impl<'a> Patience<'a> {
+    fn new(config: &WorkerConfig, hurry: &'a CancellationToken) -> Self {
+        Self { until: Instant::now() + config.store_patience, next: Duration::from_millis(100), hurry }
+    }
+
+    /// Whether to try again, after a pause.
+    async fn wait(&mut self, error: &StoreError) -> bool {
+        if Instant::now() >= self.until {
+            return false;
+        }
+        let pause = self.next;
+        self.next = (pause * 2).min(Duration::from_secs(5));
+        tracing::warn!(error = %error.full(), "the blob store failed, trying again in {pause:?}");
+        tokio::select! {
+            () = self.hurry.cancelled() => false,
+            () = tokio::time::sleep(pause) => true,
+        }
+    }
+}

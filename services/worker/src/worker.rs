@@ -1,0 +1,134 @@
+//! The worker as a whole: its slots, its end, and what it says of itself.
+
+use std::fmt;
+use std::sync::Arc;
+
+use hutch_layers::BlobStore;
+use hutch_queue::{Queue, QueueError};
+use prometheus::Registry;
+use tokio::task::JoinSet;
+
+use crate::attempt::Means;
+use crate::health::Health;
+use crate::live::{Live, Shared};
+use crate::metrics::Metrics;
+use crate::slot::Slot;
+use crate::{Drain, Runner, WorkerConfig};
+
+/// Why there can be no worker, or why it ended before it was told to.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// Its metrics cannot be as the config wants them.
+    #[error("{0}")]
+    Metrics(#[from] prometheus::Error),
+    /// The queue cannot work as it is set up.
+    #[error("{0}")]
+    Queue(#[from] QueueError),
+    /// A slot ended in a way that it never should.
+    #[error("slot ended: {0}")]
+    Slot(String),
+}
+
+/// Takes jobs from a queue and has them run.
+pub struct Worker {
+    means: Means,
+    metrics: Arc<Metrics>,
+    live: Arc<Live>,
+    health: Arc<Health>,
+    registry: Registry,
+    drain: Drain,
+}
+
+impl fmt::Debug for Worker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Worker").field("config", &self.means.config).finish_non_exhaustive()
+    }
+}
+
+impl Worker {
+    /// A worker that has not begun yet.
+    ///
+    /// # Errors
+    /// [`WorkerError::Metrics`] if a label of `metric_labels` cannot be a label of metrics.
+    pub fn new(
+        runner: Arc<dyn Runner>,
+        queue: Arc<dyn Queue>,
+        blobs: BlobStore,
+        config: WorkerConfig,
+    ) -> Result<Self, WorkerError> {
+        let registry = Registry::new();
+        let metrics = Metrics::new(&registry, config.slots, &config.metric_labels)?;
+        let live = Arc::new(Live::new(Arc::clone(&runner), Arc::clone(&queue))?);
+        registry.register(Box::new(Shared(Arc::clone(&live))))?;
+        Ok(Self {
+            health: Arc::new(Health::new(config.data_dir.clone())),
+            means: Means { runner, queue, blobs, config: Arc::new(config) },
+            metrics: Arc::new(metrics),
+            live,
+            registry,
+            drain: Drain::new(),
+        })
+    }
+
+    /// Tells this worker to end; see [`Drain`].
+    #[must_use]
+    pub fn drain(&self) -> Drain {
+        self.drain.clone()
+    }
+
+    /// All metrics of this worker.
+    #[must_use]
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// Why this worker takes no jobs now; none if it does.
+    #[must_use]
+    pub fn not_ready(&self) -> Option<String> {
+        if self.drain.stop.is_cancelled() {
+            return Some("the worker is draining".to_owned());
+        }
+        if !self.means.queue.connected() {
+            return Some("the queue is not connected".to_owned());
+        }
+        self.health.not_ready()
+    }
+
+    /// Takes and runs jobs until it is told to end.
+    ///
+    /// # Errors
+    /// [`WorkerError::Queue`] if the queue cannot work as it is set up; what can be mended is waited for.
+    pub async fn run(&self) -> Result<(), WorkerError> {
+        let mut slots = JoinSet::new();
+        for number in 0..self.means.config.slots {
+            let slot = Slot {
+                number,
+                means: self.means.clone(),
+                metrics: Arc::clone(&self.metrics),
+                live: Arc::clone(&self.live),
+                health: Arc::clone(&self.health),
+                drain: self.drain.clone(),
+            };
+            slots.spawn(slot.run());
+        }
+        let grace = tokio::spawn(end_grace(self.drain.clone(), self.means.config.drain_grace));
+        let mut end = Ok(());
+        while let Some(slot) = slots.join_next().await {
+            let slot = slot.map_err(|error| WorkerError::Slot(error.to_string()));
+            if let Err(error) = slot.and_then(|ended| ended.map_err(WorkerError::from)) {
+                // The others cannot do better; let them end what they have.
+                self.drain.stop.cancel();
+                end = Err(error);
+            }
+        }
+        grace.abort();
+        end
+    }
+}
+
+/// Hurries once the grace of a stopped worker is over.
+async fn end_grace(drain: Drain, grace: std::time::Duration) {
+    drain.stop.cancelled().await;
+    tokio::time::sleep(grace).await;
+    drain.hurry.cancel();
+}
