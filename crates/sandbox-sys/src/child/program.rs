@@ -15,11 +15,10 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, fchmod};
 
 use super::files::{
-    self, Owner, RESOLVE, change_owner, make_directory, make_parent, open_regular, read_into, write_all,
+    self, Owner, change_owner, make_directory, make_parent, open_regular, read_into, write_all,
 };
 use super::user::{Key, find_group, find_user, groups_of};
 use super::{Failure, Line, Sandbox};
-use crate::mount::open_beneath;
 use crate::plan::ProgramCgroup;
 use crate::process::{
     close_at_exec, exec, exit_now, forbid_capabilities, install_filter, keep_capabilities, monotonic_ns,
@@ -63,9 +62,11 @@ fn prepare_and_exec(
     }
     set_ids(0, 0).map_err(&mapping)?;
     let root = openat(AT_FDCWD, c"/", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(&mapping)?;
-    write_files(sandbox, root.as_fd())?;
+    // Who the user is may be said by the job's own files: those come first.
+    write_files(sandbox, root.as_fd(), is_database, ROOT)?;
     let identity = identify(sandbox, root.as_fd()).map_err(Failure::at(Stage::User))?;
-    own_files(sandbox, root.as_fd(), &identity)?;
+    let owner = Owner { uid: identity.uid, gid: identity.gid };
+    write_files(sandbox, root.as_fd(), |path| !is_database(path), owner)?;
     let cwd = open_cwd(sandbox, root.as_fd(), &identity).map_err(Failure::at(Stage::Cwd))?;
     for (index, limit) in sandbox.plan.program.rlimits.iter().enumerate() {
         set_rlimit(limit.resource, limit.soft, limit.hard).map_err(Failure::of(Stage::Rlimit, index))?;
@@ -85,33 +86,29 @@ fn enter_cgroup(sandbox: &Sandbox<'_>) -> Result<()> {
     unshare(CloneFlags::CLONE_NEWCGROUP)
 }
 
-/// Writes the job's files as the sandbox's root; [`own_files`] gives them to the user.
-fn write_files(sandbox: &Sandbox<'_>, root: BorrowedFd<'_>) -> core::result::Result<(), Failure> {
+fn is_database(path: &CStr) -> bool {
+    path == c"/etc/passwd" || path == c"/etc/group"
+}
+
+/// Writes those of the job's files that are wanted; missing directories above them get the same owner.
+fn write_files(
+    sandbox: &Sandbox<'_>,
+    root: BorrowedFd<'_>,
+    wanted: impl Fn(&CStr) -> bool,
+    owner: Owner,
+) -> core::result::Result<(), Failure> {
     let program = &sandbox.plan.program;
-    for (index, file) in program.files.iter().enumerate() {
+    for (index, file) in program.files.iter().enumerate().filter(|(_, file)| wanted(&file.path)) {
         let write = || -> Result<()> {
             let payload = sandbox.fd(program.payload.ok_or(Errno::EBADF)?)?;
-            make_parent(root, &file.path, ROOT)?;
+            make_parent(root, &file.path, owner)?;
             let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC;
             let to = open_regular(root, &file.path, flags, 0o600)?;
             files::copy_part(payload, file.offset, file.length, &to)?;
-            fchmod(&to, Mode::from_bits_truncate(file.mode))
+            fchmod(&to, Mode::from_bits_truncate(file.mode))?;
+            change_owner(to.as_fd(), owner)
         };
         write().map_err(Failure::of(Stage::File, index))?;
-    }
-    Ok(())
-}
-
-fn own_files(
-    sandbox: &Sandbox<'_>,
-    root: BorrowedFd<'_>,
-    identity: &Identity,
-) -> core::result::Result<(), Failure> {
-    let owner = Owner { uid: identity.uid, gid: identity.gid };
-    for (index, file) in sandbox.plan.program.files.iter().enumerate() {
-        open_beneath(root, &file.path, libc::O_PATH, 0, RESOLVE)
-            .and_then(|fd| change_owner(fd.as_fd(), owner))
-            .map_err(Failure::of(Stage::File, index))?;
     }
     Ok(())
 }
