@@ -61,6 +61,8 @@ pub(crate) struct Readings {
     pub(crate) memory_bytes: u64,
     pub(crate) memory_peak_bytes: u64,
     pub(crate) oom_kills: u64,
+    /// How often the group's own memory limit was in the way; 0 if memory ran out above it.
+    pub(crate) memory_limit_hits: u64,
     pub(crate) cpu_user_us: u64,
     pub(crate) cpu_system_us: u64,
     pub(crate) throttled_us: u64,

@@ -56,6 +56,7 @@ pub(super) fn read(controller: Controller, dir: &Path, readings: &mut Readings) 
             readings.memory_bytes = read_number(dir, "memory.usage_in_bytes").unwrap_or(0);
             readings.memory_peak_bytes = read_number(dir, "memory.max_usage_in_bytes").unwrap_or(0);
             readings.oom_kills = keyed(&read_text(dir, "memory.oom_control"), "oom_kill").unwrap_or(0);
+            readings.memory_limit_hits = memory_limit_hits(dir, readings.memory_peak_bytes);
         }
         Controller::Pids => {
             readings.pids = read_number(dir, "pids.current").unwrap_or(0);
@@ -77,6 +78,16 @@ pub(super) fn read(controller: Controller, dir: &Path, readings: &mut Readings) 
         }
         Controller::Cpuset => {}
     }
+}
+
+/// How often the group's own limit was in the way. Not every kernel counts that for `memsw`, which is the
+/// one that is met where there may be no swap: there the peak tells, but for what is charged in advance.
+fn memory_limit_hits(dir: &Path, peak_bytes: u64) -> u64 {
+    const MOST_IN_ADVANCE: u64 = 1 << 20;
+    let limit_bytes = read_number(dir, "memory.limit_in_bytes").unwrap_or(u64::MAX);
+    let near = peak_bytes.saturating_add(MOST_IN_ADVANCE.min(limit_bytes / 16)) >= limit_bytes;
+    let counted = ["memory.failcnt", "memory.memsw.failcnt"].map(|file| read_number(dir, file).unwrap_or(0));
+    counted.into_iter().sum::<u64>().max(near.into())
 }
 
 /// The sum over devices of `MAJOR:MINOR OPERATION BYTES` lines.

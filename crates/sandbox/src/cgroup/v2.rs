@@ -38,7 +38,9 @@ pub(super) fn read(controller: Controller, dir: &Path, readings: &mut Readings) 
             let current = read_number(dir, "memory.current").unwrap_or(0);
             readings.memory_bytes = current;
             readings.memory_peak_bytes = read_number(dir, "memory.peak").unwrap_or(current);
-            readings.oom_kills = keyed(&read_text(dir, "memory.events"), "oom_kill").unwrap_or(0);
+            let events = read_text(dir, "memory.events");
+            readings.oom_kills = keyed(&events, "oom_kill").unwrap_or(0);
+            readings.memory_limit_hits = keyed(&events, "max").unwrap_or(0);
         }
         Controller::Pids => {
             readings.pids = read_number(dir, "pids.current").unwrap_or(0);
