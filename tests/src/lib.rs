@@ -1,1 +1,4 @@
 //! End-to-end tests of hutch; see the `tests` folder of this crate.
+
+pub mod hutch;
+pub mod programs;
