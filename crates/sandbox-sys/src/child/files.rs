@@ -39,10 +39,10 @@ impl Prefixes {
     }
 
     /// Calls `visit` with every prefix that ends before a slash, then with the whole, and the place where the
-    /// last part begins.
+    /// last part begins: never at a slash, since a name with one would be looked up from another root.
     fn each(&mut self, mut visit: impl FnMut(&CStr, usize) -> Result<()>) -> Result<()> {
-        let mut last = 0;
-        for end in 1..=self.length {
+        let mut last = self.bytes.iter().take_while(|byte| **byte == b'/').count();
+        for end in last + 1..=self.length {
             if end < self.length && self.bytes[end] != b'/' {
                 continue;
             }
@@ -167,4 +167,35 @@ pub(super) fn copy_part(from: BorrowedFd<'_>, offset: u64, length: u64, to: &Own
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts(path: &CStr) -> Vec<(String, String)> {
+        let mut all = Vec::new();
+        Prefixes::of(path)
+            .expect("short")
+            .each(|prefix, last| {
+                let text = prefix.to_str().expect("text");
+                all.push((text.to_owned(), text[last..].to_owned()));
+                Ok(())
+            })
+            .expect("visited");
+        all
+    }
+
+    #[test]
+    fn the_parts_of_a_path_are_names() {
+        let pairs = |wanted: &[(&str, &str)]| -> Vec<(String, String)> {
+            wanted.iter().map(|(prefix, name)| ((*prefix).to_owned(), (*name).to_owned())).collect()
+        };
+        assert_eq!(parts(c"/v"), pairs(&[("/v", "v")]));
+        assert_eq!(parts(c"/a/bc/d"), pairs(&[("/a", "a"), ("/a/bc", "bc"), ("/a/bc/d", "d")]));
+        assert_eq!(parts(c"proc"), pairs(&[("proc", "proc")]));
+        assert_eq!(parts(c"//a//b/"), pairs(&[("//a", "a"), ("//a//b", "b")]));
+        assert_eq!(parts(c"/"), pairs(&[]));
+        assert_eq!(parts(c""), pairs(&[]));
+    }
 }
