@@ -71,7 +71,7 @@ pub(super) fn make_directory(root: BorrowedFd<'_>, path: &CStr, mode: u32, owner
             Err(Errno::ENOENT) => {
                 let name = prefix.to_bytes_with_nul().get(last..).ok_or(Errno::EINVAL)?;
                 let name = CStr::from_bytes_with_nul(name).map_err(|_| Errno::EINVAL)?;
-                mkdirat(here.as_fd(), name, Mode::from_bits_truncate(mode))?;
+                make_one(here.as_fd(), name, mode, owner)?;
                 let made = open_beneath(here.as_fd(), name, flags, 0, RESOLVE_NO_MAGICLINKS)?;
                 change_owner(made.as_fd(), owner)?;
                 made
@@ -81,6 +81,29 @@ pub(super) fn make_directory(root: BorrowedFd<'_>, path: &CStr, mode: u32, owner
         Ok(())
     })?;
     Ok(here)
+}
+
+/// Makes one directory. On a mount that shows owners through the sandbox's ids there is no place for ours: there it is
+/// made as the owner.
+fn make_one(dir: BorrowedFd<'_>, name: &CStr, mode: u32, owner: Owner) -> Result<()> {
+    let mode = Mode::from_bits_truncate(mode);
+    match mkdirat(dir, name, mode) {
+        Err(Errno::EOVERFLOW) => as_owner(owner, || mkdirat(dir, name, mode)),
+        other => other,
+    }
+}
+
+/// Does one thing with the file-system ids of another: setfsuid(2), which is for this thread alone and gives back
+/// what it takes of capabilities.
+fn as_owner<T>(owner: Owner, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+    let (uid, gid) = (setfsuid(Uid::from_raw(u32::MAX)), setfsgid(Gid::from_raw(u32::MAX)));
+    setfsgid(Gid::from_raw(owner.gid));
+    setfsuid(Uid::from_raw(owner.uid));
+    let done = work();
+    setfsuid(uid);
+    setfsgid(gid);
+    done
 }
 
 /// Gives what is behind an O_PATH descriptor to an owner: fchownat(2).
