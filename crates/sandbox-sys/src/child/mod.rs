@@ -169,6 +169,8 @@ fn retire(sandbox: &Sandbox<'_>) -> Result<()> {
     let base = sandbox.plan.ids.base;
     crate::process::set_ids(base, base)?;
     keep_capabilities(CAP_KILL)?;
+    // A change of ids takes it away: PR_SET_PDEATHSIG(2const).
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     nix::sys::prctl::set_no_new_privs()
 }
 
