@@ -26,6 +26,8 @@ const MASKS: &[(&str, MaskKind)] = &[
     ("/proc/bus", MaskKind::ReadOnly),
     ("/proc/fs", MaskKind::ReadOnly),
     ("/proc/irq", MaskKind::ReadOnly),
+    // Everybody may write there, and so set the host's kernel to watching: psi.rst.
+    ("/proc/pressure", MaskKind::ReadOnly),
     ("/proc/sys", MaskKind::ReadOnly),
     ("/proc/sysrq-trigger", MaskKind::ReadOnly),
 ];
