@@ -1,0 +1,195 @@
+//! What is left when jobs are over, and when whoever ran them is killed: nothing.
+//!
+//! `HUTCH_LONG_TESTS=1` runs ten times as many jobs.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use hutch_tests::hutch::{Home, can_run};
+use hutch_tests::processes::Process;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+/// How soon after a kill nothing may be left.
+const SOON: Duration = Duration::from_secs(2);
+
+fn engine_loop(arguments: &[&str], dir: &Path, count: usize) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_engine_loop"));
+    command.args(arguments).arg(dir).arg(count.to_string()).stdin(Stdio::null());
+    command
+}
+
+#[test]
+fn a_process_that_ran_many_jobs_holds_nothing() {
+    if !can_run("many jobs") {
+        return;
+    }
+    let long = std::env::var("HUTCH_LONG_TESTS").is_ok_and(|value| value == "1");
+    let count = if long { 2000 } else { 200 };
+    let home = Home::new();
+    let output = engine_loop(&["many"], home.path(), count).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    let figures: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let [early, late] = figures.as_slice() else { panic!("{said}") };
+    eprintln!("after {} jobs: {early}\nafter {} jobs: {late}", early["jobs"], late["jobs"]);
+    assert_eq!((&early["jobs"], &late["jobs"]), (&json!(50), &json!(count)));
+    for same in
+        ["fds", "mounts", "data_files", "data_bytes", "launcher_fds", "launcher_mounts", "launcher_files"]
+    {
+        assert_eq!(early[same], late[same], "{same} grows: {said}");
+    }
+    for none in ["cgroups", "launcher_children"] {
+        assert_eq!((&early[none], &late[none]), (&json!(0), &json!(0)), "{none}: {said}");
+    }
+    let grown = |what: &str| late[what].as_u64().unwrap().saturating_sub(early[what].as_u64().unwrap());
+    assert!(grown("rss_kb") < 8 << 10, "this process grows: {said}");
+    assert!(grown("launcher_rss_kb") < 1 << 10, "the launcher grows: {said}");
+}
+
+/// Four jobs that sleep, with all that belongs to them.
+struct Sleeping {
+    child: Child,
+    stdout: BufReader<ChildStdout>,
+    engine: Process,
+    launcher: Process,
+    all: Vec<Process>,
+    mounts: usize,
+    _home: Home,
+}
+
+impl Sleeping {
+    fn start() -> Self {
+        let mounts = Process::of(std::process::id()).unwrap().mounts();
+        let home = Home::new();
+        let mut child = engine_loop(&["sleep"], home.path(), 4).stdout(Stdio::piped()).spawn().unwrap();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        stdout.read_line(&mut line).unwrap();
+        assert_eq!(line, "\"ready\"\n");
+        let engine = Process::of(child.id()).unwrap();
+        let [launcher] = &engine.children()[..] else { panic!("not one launcher") };
+        let launcher = launcher.clone();
+        let all = engine.descendants();
+        // The launcher, and for each job its init, its program and three that sleep.
+        assert!(all.len() >= 1 + 4 * 5, "{} processes", all.len());
+        assert!(engine.cgroups() >= 4, "{} cgroups", engine.cgroups());
+        Self { child, stdout, engine, launcher, all, mounts, _home: home }
+    }
+
+    fn kill(&self, process: &Process) {
+        kill(Pid::from_raw(process.pid.try_into().unwrap()), Signal::SIGKILL).unwrap();
+    }
+
+    /// Asserts that no process and no mount is left, and none of the cgroups if they should be gone too.
+    fn nothing_is_left(&self, cgroups: bool) {
+        let begun = Instant::now();
+        let alive = || self.all.iter().filter(|process| process.is_alive()).count();
+        let homes = || if cgroups { self.engine.cgroup_homes() } else { Vec::new() };
+        while (alive() > 0 || !homes().is_empty()) && begun.elapsed() < SOON {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(alive(), 0, "processes left");
+        assert!(homes().is_empty(), "cgroups left: {:?}", homes());
+        eprintln!("nothing left after {:?}", begun.elapsed());
+        assert_eq!(Process::of(std::process::id()).unwrap().mounts(), self.mounts, "mounts left");
+    }
+}
+
+impl Drop for Sleeping {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_killed_engine_leaves_nothing() {
+    if !can_run("a killed engine") {
+        return;
+    }
+    let mut sleeping = Sleeping::start();
+    sleeping.kill(&sleeping.engine);
+    sleeping.child.wait().unwrap();
+    sleeping.nothing_is_left(true);
+}
+
+#[test]
+fn a_killed_launcher_takes_its_jobs_along_and_they_are_the_host_s_fault() {
+    if !can_run("a killed launcher") {
+        return;
+    }
+    let mut sleeping = Sleeping::start();
+    sleeping.kill(&sleeping.launcher);
+    sleeping.nothing_is_left(false);
+    let mut said = String::new();
+    sleeping.stdout.read_to_string(&mut said).unwrap();
+    let results: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(results.len(), 4, "{said}");
+    for result in results {
+        assert_eq!(
+            (&result["status"], &result["reason"]),
+            (&json!("infra_error"), &json!("host_error")),
+            "{result}"
+        );
+    }
+    sleeping.child.wait().unwrap();
+    sleeping.nothing_is_left(true);
+}
+
+#[test]
+fn the_next_one_removes_what_a_killed_launcher_and_engine_left() {
+    if !can_run("a killed engine and launcher") {
+        return;
+    }
+    let mut sleeping = Sleeping::start();
+    sleeping.kill(&sleeping.launcher);
+    sleeping.kill(&sleeping.engine);
+    sleeping.child.wait().unwrap();
+    sleeping.nothing_is_left(false);
+    let result = Home::new().run(&json!({"layers": ["host"], "command": ["true"]})).unwrap();
+    assert_eq!(result.exit_code, Some(0), "{}", result.message);
+    assert_eq!(sleeping.engine.cgroup_homes(), Vec::<std::path::PathBuf>::new(), "cgroups left");
+}
+
+#[test]
+fn a_killed_init_is_the_host_s_fault() {
+    if !can_run("a killed init") {
+        return;
+    }
+    let mut sleeping = Sleeping::start();
+    for init in sleeping.launcher.children() {
+        sleeping.kill(&init);
+    }
+    let mut said = String::new();
+    sleeping.stdout.read_to_string(&mut said).unwrap();
+    assert_eq!(said.matches("\"infra_error\"").count(), 4, "{said}");
+    sleeping.child.wait().unwrap();
+    sleeping.nothing_is_left(true);
+}
+
+#[test]
+fn hutch_run_leaves_its_volumes_and_outputs_alone() {
+    if !can_run("hutch run") {
+        return;
+    }
+    let home = Home::new();
+    let run = || {
+        let spec = json!({
+            "layers": ["host"], "command": ["sh", "-c", "echo x > /v/x; echo y > ~/y"],
+            "volumes": [{"volume": "v", "target": "/v"}], "outputs": {"paths": ["/home/**"]},
+        });
+        home.run(&spec).unwrap()
+    };
+    let first = run();
+    let size = hutch_tests::processes::size(home.path());
+    let again = run();
+    assert_eq!(first.outputs, again.outputs, "the same files make the same archive");
+    assert_eq!(hutch_tests::processes::size(home.path()), size, "the same archive is kept once");
+    let volumes: Vec<_> = fs::read_dir(home.path().join("volumes")).unwrap().flatten().collect();
+    assert_eq!(volumes.len(), 1);
+}
