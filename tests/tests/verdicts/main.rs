@@ -11,6 +11,7 @@ mod input;
 mod layers;
 mod memory;
 mod output;
+mod outside;
 mod row;
 mod steps;
 mod time;
