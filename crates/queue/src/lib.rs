@@ -13,6 +13,11 @@
 //!
 //! [`embedded`] is SQLite, for one machine; [`rabbitmq`] is for more than one.
 
+pub mod embedded;
+mod sequence;
+mod sqlite;
+mod views;
+
 use std::fmt;
 use std::time::Duration;
 
@@ -99,7 +104,8 @@ pub trait Consumer: Send {
     /// As for [`Consumer::finish`].
     async fn give_back(&mut self, lease: Lease, how: GiveBack) -> Result<(), QueueError>;
 
-    /// Completes when somebody asks for this job to be cancelled.
+    /// Completes when somebody asks for this job to be cancelled, or when its lease was lost, so that
+    /// its result is not wanted any more. For a job that this consumer does not hold it never does.
     async fn cancelled(&mut self, id: JobId);
 }
 

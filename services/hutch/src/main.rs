@@ -4,6 +4,8 @@
 //! 2. A command that runs sandboxes forks the launcher, while this process still has one thread.
 //! 3. Logging and the runtime start, and the command does its work.
 
+#![allow(dead_code, unused_imports, reason = "the commands that use them follow")]
+
 mod cli;
 mod engine;
 mod exit;

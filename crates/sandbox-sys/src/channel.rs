@@ -1,0 +1,99 @@
+//! Messages with descriptors over a seqpacket socket: unix(7), cmsg(3).
+//!
+//! A message is one packet: a byte that says where the body is, then the body, or nothing if the
+//! body is in a sealed memfd that travels as the last descriptor.
+
+use std::fs::File;
+use std::io::{IoSlice, IoSliceMut, Read as _, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
+
+use crate::{Errno, Result};
+
+/// The most descriptors in one message: SCM_MAX_FD of the kernel.
+const MAX_FDS: usize = 253;
+/// The most bytes in a packet; larger bodies go in a memfd.
+const MAX_PACKET: usize = 64 << 10;
+/// The most bytes of a body.
+const MAX_BODY: u64 = 64 << 20;
+const INLINE: u8 = 0;
+const IN_MEMFD: u8 = 1;
+
+/// One end of the channel; a message and its answer are one after the other.
+#[derive(Debug)]
+pub(crate) struct Channel(OwnedFd);
+
+impl Channel {
+    pub(crate) fn new(socket: OwnedFd) -> Self {
+        Self(socket)
+    }
+
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    /// Sends a body and descriptors.
+    pub(crate) fn send(&self, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
+        let mut raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let memfd = if body.len() < MAX_PACKET { None } else { Some(in_memfd(body)?) };
+        raw.extend(memfd.as_ref().map(AsRawFd::as_raw_fd));
+        if raw.len() > MAX_FDS {
+            return Err(Errno::E2BIG);
+        }
+        let kind = [if memfd.is_some() { IN_MEMFD } else { INLINE }];
+        let parts = [IoSlice::new(&kind), IoSlice::new(if memfd.is_some() { &[] } else { body })];
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let rights = if raw.is_empty() { &rights[..0] } else { &rights[..] };
+        sendmsg::<UnixAddr>(self.0.as_raw_fd(), &parts, rights, MsgFlags::MSG_NOSIGNAL, None).map(drop)
+    }
+
+    /// Receives a body and descriptors; none when the other end is closed.
+    pub(crate) fn receive(&self) -> Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+        let mut buffer = vec![0_u8; MAX_PACKET + 1];
+        let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
+        let mut parts = [IoSliceMut::new(&mut buffer)];
+        let message = recvmsg::<UnixAddr>(
+            self.0.as_raw_fd(),
+            &mut parts,
+            Some(&mut space),
+            MsgFlags::MSG_CMSG_CLOEXEC,
+        )?;
+        let length = message.bytes;
+        let cut = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
+        let mut fds = Vec::new();
+        for control in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(raw) = control {
+                // SAFETY: the kernel has just made these descriptors for this process.
+                fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            }
+        }
+        match buffer.first() {
+            _ if length == 0 => Ok(None),
+            _ if cut => Err(Errno::EMSGSIZE),
+            Some(&INLINE) => Ok(Some((buffer[1..length].to_vec(), fds))),
+            Some(&IN_MEMFD) => {
+                let body = from_memfd(fds.pop().ok_or(Errno::EBADMSG)?)?;
+                Ok(Some((body, fds)))
+            }
+            _ => Err(Errno::EBADMSG),
+        }
+    }
+}
+
+fn in_memfd(body: &[u8]) -> Result<File> {
+    let mut file = File::from(memfd_create(c"hutch-plan", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(body).map_err(|e| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+    Ok(file)
+}
+
+fn from_memfd(fd: OwnedFd) -> Result<Vec<u8>> {
+    use std::io::{Seek as _, SeekFrom};
+    let io = |e: std::io::Error| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+    let mut file = File::from(fd);
+    file.seek(SeekFrom::Start(0)).map_err(io)?;
+    let mut body = Vec::new();
+    let read = (&mut file).take(MAX_BODY + 1).read_to_end(&mut body).map_err(io)?;
+    if read as u64 > MAX_BODY { Err(Errno::E2BIG) } else { Ok(body) }
+}

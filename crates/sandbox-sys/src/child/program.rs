@@ -1,0 +1,279 @@
+//! The program's process, from its clone to exec.
+//!
+//! In order: cgroup and cgroup namespace; wait for the id maps; root of the sandbox, in its user
+//! namespace only; files; who the user is, with an entry and a home made where there are none; working
+//! directory; resource limits; descriptors; user; capabilities; seccomp; exec. All capabilities it
+//! has on the way are those of its own user namespace: a bind-mounted volume of the host is as
+//! closed to it as to any stranger.
+
+use core::fmt::Write as _;
+use std::ffi::CStr;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+
+use nix::fcntl::{AT_FDCWD, OFlag, openat};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{Mode, fchmod};
+
+use super::files::{
+    self, Owner, change_owner, make_directory, make_parent, open_regular, read_into, write_all,
+};
+use super::user::{Key, find_group, find_user, groups_of};
+use super::{Failure, Line, Sandbox};
+use crate::plan::ProgramCgroup;
+use crate::process::{
+    close_at_exec, exec, exit_now, forbid_capabilities, install_filter, keep_capabilities, monotonic_ns,
+    reset_signals, set_groups, set_ids, set_rlimit,
+};
+use crate::record::{Record, Stage};
+use crate::{Errno, Result};
+
+const MAX_GROUPS: usize = 64;
+const ROOT: Owner = Owner { uid: 0, gid: 0 };
+
+/// The user that the program will be.
+struct Identity {
+    uid: u32,
+    gid: u32,
+    groups: [u32; MAX_GROUPS],
+    group_count: usize,
+    /// `HOME=` and the home directory, with a NUL.
+    home: [u8; 1024],
+    /// `USER=` and the name, with a NUL.
+    user: [u8; 80],
+}
+
+/// Becomes the program, or says why not and ends.
+pub(super) fn run(sandbox: &mut Sandbox<'_>, wait: &OwnedFd) -> ! {
+    let Err(Failure { stage, errno, index }) = prepare_and_exec(sandbox, wait);
+    sandbox.report(Record::Failed { stage, errno: errno as i32, index });
+    exit_now(127)
+}
+
+fn prepare_and_exec(
+    sandbox: &mut Sandbox<'_>,
+    wait: &OwnedFd,
+) -> core::result::Result<core::convert::Infallible, Failure> {
+    enter_cgroup(sandbox).map_err(Failure::at(Stage::Cgroup))?;
+    let mapping = Failure::at(Stage::IdMap);
+    match nix::unistd::read(wait, &mut [0]) {
+        Ok(1) => {}
+        Ok(_) => return Err(mapping(Errno::EPIPE)),
+        Err(e) => return Err(mapping(e)),
+    }
+    set_ids(0, 0).map_err(&mapping)?;
+    let root = openat(AT_FDCWD, c"/", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(&mapping)?;
+    // Who the user is may be said by the job's own files: those come first.
+    write_files(sandbox, root.as_fd(), is_database, ROOT)?;
+    let identity = identify(sandbox, root.as_fd()).map_err(Failure::at(Stage::User))?;
+    let owner = Owner { uid: identity.uid, gid: identity.gid };
+    write_files(sandbox, root.as_fd(), |path| !is_database(path), owner)?;
+    let cwd = open_cwd(sandbox, root.as_fd(), &identity).map_err(Failure::at(Stage::Cwd))?;
+    for (index, limit) in sandbox.plan.program.rlimits.iter().enumerate() {
+        set_rlimit(limit.resource, limit.soft, limit.hard).map_err(Failure::of(Stage::Rlimit, index))?;
+    }
+    take_streams(sandbox).map_err(Failure::at(Stage::Stdio))?;
+    confine(&identity).map_err(Failure::at(Stage::Confine))?;
+    nix::unistd::fchdir(&cwd).map_err(Failure::at(Stage::Cwd))?;
+    install_filter(sandbox.filter).map_err(Failure::at(Stage::Confine))?;
+    Err(Failure::at(Stage::Exec)(exec_first(sandbox, &identity)))
+}
+
+fn enter_cgroup(sandbox: &Sandbox<'_>) -> Result<()> {
+    let (ProgramCgroup::Tasks(tasks) | ProgramCgroup::Unified(_, tasks)) = &sandbox.plan.program.cgroup;
+    for file in tasks {
+        nix::unistd::write(sandbox.fd(*file)?, b"0")?;
+    }
+    unshare(CloneFlags::CLONE_NEWCGROUP)
+}
+
+fn is_database(path: &CStr) -> bool {
+    path == c"/etc/passwd" || path == c"/etc/group"
+}
+
+/// Writes those of the job's files that are wanted; missing directories above them get the same owner.
+fn write_files(
+    sandbox: &Sandbox<'_>,
+    root: BorrowedFd<'_>,
+    wanted: impl Fn(&CStr) -> bool,
+    owner: Owner,
+) -> core::result::Result<(), Failure> {
+    let program = &sandbox.plan.program;
+    for (index, file) in program.files.iter().enumerate().filter(|(_, file)| wanted(&file.path)) {
+        let write = || -> Result<()> {
+            let payload = sandbox.fd(program.payload.ok_or(Errno::EBADF)?)?;
+            make_parent(root, &file.path, owner)?;
+            let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC;
+            let to = open_regular(root, &file.path, flags, 0o600)?;
+            files::copy_part(payload, file.offset, file.length, &to)?;
+            fchmod(&to, Mode::from_bits_truncate(file.mode))?;
+            change_owner(to.as_fd(), owner)
+        };
+        write().map_err(Failure::of(Stage::File, index))?;
+    }
+    Ok(())
+}
+
+/// Reads a database of the sandbox; a missing one is empty.
+fn read_database<'b>(root: BorrowedFd<'_>, path: &CStr, space: &'b mut [u8]) -> Result<&'b [u8]> {
+    let length = match open_regular(root, path, libc::O_RDONLY, 0) {
+        Ok(file) => read_into(&file, space)?,
+        Err(Errno::ENOENT | Errno::ENOTDIR) => 0,
+        Err(e) => return Err(e),
+    };
+    space.get(..length).ok_or(Errno::EIO)
+}
+
+/// Adds a line to a database of the sandbox; the file is made where missing.
+fn append(root: BorrowedFd<'_>, path: &CStr, starts_line: bool, line: &Line) -> Result<()> {
+    make_parent(root, path, ROOT)?;
+    let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_APPEND;
+    let file = open_regular(root, path, flags, 0o644)?;
+    if !starts_line {
+        write_all(&file, b"\n")?;
+    }
+    write_all(&file, line.as_bytes())
+}
+
+fn text<const N: usize>(prefix: &[u8], value: &[u8]) -> Result<[u8; N]> {
+    let mut space = [0; N];
+    let end = prefix.len() + value.len();
+    let to = space.get_mut(..end).filter(|_| end < N).ok_or(Errno::ENAMETOOLONG)?;
+    to[..prefix.len()].copy_from_slice(prefix);
+    to[prefix.len()..].copy_from_slice(value);
+    Ok(space)
+}
+
+/// Finds out who the user is; one that is given by number and has no entry gets one, and a home.
+fn identify(sandbox: &mut Sandbox<'_>, root: BorrowedFd<'_>) -> Result<Identity> {
+    let program = &sandbox.plan.program;
+    let key = Key::of(&program.user);
+    let wanted_group = program.group.as_deref().map(Key::of);
+    let passwd = read_database(root, c"/etc/passwd", &mut sandbox.database)?;
+    let ends = passwd.last().is_none_or(|byte| *byte == b'\n');
+    let mut identity = match (find_user(passwd, key), key) {
+        (Some(user), _) => Identity {
+            uid: user.uid,
+            gid: user.gid,
+            groups: [0; MAX_GROUPS],
+            group_count: 0,
+            home: text(b"HOME=", user.home)?,
+            user: text(b"USER=", user.name)?,
+        },
+        (None, Key::Id(uid)) => {
+            let gid = match wanted_group {
+                Some(Key::Id(gid)) => gid,
+                _ => uid,
+            };
+            let taken = find_user(passwd, Key::Name(b"job")).is_some();
+            new_user(root, uid, gid, taken, ends)?
+        }
+        (None, Key::Name(_)) => return Err(Errno::ENOENT),
+    };
+    let group = read_database(root, c"/etc/group", &mut sandbox.database)?;
+    let ends = group.last().is_none_or(|byte| *byte == b'\n');
+    match wanted_group {
+        Some(Key::Id(gid)) => identity.gid = gid,
+        Some(key @ Key::Name(_)) => identity.gid = find_group(group, key).ok_or(Errno::ESRCH)?,
+        None => {}
+    }
+    let name = CStr::from_bytes_until_nul(&identity.user).map_err(|_| Errno::EINVAL)?.to_bytes();
+    let name = name.strip_prefix(b"USER=").unwrap_or_default();
+    identity.group_count = groups_of(group, name, &mut identity.groups);
+    if find_group(group, Key::Id(identity.gid)).is_none() {
+        let mut line = Line::new();
+        let gid = identity.gid;
+        let taken = find_group(group, Key::Name(b"job")).is_some();
+        let suffix = Suffix(taken.then_some(gid));
+        writeln!(line, "job{suffix}:x:{gid}:").map_err(|_| Errno::ENAMETOOLONG)?;
+        append(root, c"/etc/group", ends, &line)?;
+    }
+    Ok(identity)
+}
+
+/// A number that makes a name unlike one that is taken.
+struct Suffix(Option<u32>);
+
+impl core::fmt::Display for Suffix {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        self.0.map_or(Ok(()), |id| write!(f, "-{id}"))
+    }
+}
+
+/// Enters a user into the sandbox's own passwd, and makes the home.
+fn new_user(root: BorrowedFd<'_>, uid: u32, gid: u32, name_taken: bool, ends: bool) -> Result<Identity> {
+    let suffix = Suffix(name_taken.then_some(uid));
+    let mut line = Line::new();
+    writeln!(line, "job{suffix}:x:{uid}:{gid}:job:/home/job{suffix}:/bin/sh")
+        .map_err(|_| Errno::ENAMETOOLONG)?;
+    append(root, c"/etc/passwd", ends, &line)?;
+    let mut home = Line::new();
+    write!(home, "/home/job{suffix}").map_err(|_| Errno::ENAMETOOLONG)?;
+    make_parent(root, home.as_cstr()?, ROOT)?;
+    make_directory(root, home.as_cstr()?, 0o755, Owner { uid, gid })?;
+    let mut user = Line::new();
+    write!(user, "job{suffix}").map_err(|_| Errno::ENAMETOOLONG)?;
+    Ok(Identity {
+        uid,
+        gid,
+        groups: [0; MAX_GROUPS],
+        group_count: 0,
+        home: text(b"HOME=", home.as_bytes())?,
+        user: text(b"USER=", user.as_bytes())?,
+    })
+}
+
+/// Makes the working directory where missing and opens it; it is entered as the user, later.
+fn open_cwd(sandbox: &Sandbox<'_>, root: BorrowedFd<'_>, identity: &Identity) -> Result<OwnedFd> {
+    let home =
+        CStr::from_bytes_until_nul(identity.home.get(5..).unwrap_or_default()).map_err(|_| Errno::EINVAL)?;
+    let home = if home.to_bytes().first() == Some(&b'/') { home } else { c"/" };
+    let path = sandbox.plan.program.cwd.as_deref().unwrap_or(home);
+    let owner = Owner { uid: identity.uid, gid: identity.gid };
+    make_directory(root, path, 0o755, owner)
+}
+
+/// Puts the program's streams at 0, 1 and 2; every other descriptor closes at exec.
+fn take_streams(sandbox: &Sandbox<'_>) -> Result<()> {
+    let [stdin, stdout, stderr] = sandbox.plan.program.stdio;
+    nix::unistd::dup2_stdin(sandbox.fd(stdin)?)?;
+    nix::unistd::dup2_stdout(sandbox.fd(stdout)?)?;
+    nix::unistd::dup2_stderr(sandbox.fd(stderr)?)?;
+    close_at_exec(3)
+}
+
+fn confine(identity: &Identity) -> Result<()> {
+    nix::unistd::setsid()?;
+    nix::sys::stat::umask(Mode::from_bits_truncate(0o022));
+    reset_signals()?;
+    forbid_capabilities()?;
+    set_groups(identity.groups.get(..identity.group_count).unwrap_or_default())?;
+    set_ids(identity.uid, identity.gid)?;
+    keep_capabilities(0)?;
+    nix::sys::prctl::set_no_new_privs()
+}
+
+/// Tries each candidate as execvp(3) does; returns the errno that says most.
+fn exec_first(sandbox: &mut Sandbox<'_>, identity: &Identity) -> Errno {
+    let program = &sandbox.plan.program;
+    let mut next = program.env.len();
+    for (wanted, text) in
+        [(program.set_home, identity.home.as_ptr()), (program.set_user, identity.user.as_ptr())]
+    {
+        if let Some(place) = sandbox.envp.get_mut(next).filter(|_| wanted) {
+            *place = text.cast();
+            next += 1;
+        }
+    }
+    sandbox.report(Record::Started { at_ns: monotonic_ns() });
+    let mut said = Errno::ENOENT;
+    for candidate in &program.candidates {
+        // SAFETY: both arrays end with a null pointer, and their texts with a NUL.
+        let errno = unsafe { exec(candidate, sandbox.argv.as_ptr(), sandbox.envp.as_ptr()) };
+        match errno {
+            Errno::ENOENT | Errno::ENOTDIR => {}
+            Errno::EACCES => said = errno,
+            other => return other,
+        }
+    }
+    said
+}

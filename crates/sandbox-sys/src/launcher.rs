@@ -1,0 +1,295 @@
+//! The launcher: a small process with one thread from which sandboxes are cloned.
+//!
+//! `fork` splits it off before any thread starts; it enters its own small root, then serves requests
+//! one after another: start a sandbox, make a user namespace to show layers through, remember
+//! where the cgroups are. When the other end of its socket closes, its worker is gone: it kills
+//! every sandbox, waits until the last process is dead, removes the cgroups, and ends.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, fork, setsid};
+use serde::{Deserialize, Serialize};
+
+use crate::bpf::Instruction;
+use crate::channel::Channel;
+use crate::child::Sandbox;
+use crate::plan::{IdRange, Plan};
+use crate::process::{Cloned, clone_process, exit_now, flags, forget_arguments};
+use crate::tinyroot::{self, OldRoot};
+use crate::{Errno, Result, child};
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Request {
+    /// Start a sandbox; the answer's descriptor is a pidfd of its init.
+    Start(Box<Plan>),
+    /// Make a user namespace with this map; the answer's descriptor is the namespace.
+    Userns(IdRange),
+    /// Remove these cgroups at the end; one descriptor each, of the directory they lie in.
+    Cgroups(Vec<String>),
+}
+
+/// A directory of cgroups that the launcher removes when its worker is gone.
+#[derive(Debug, Clone, Copy)]
+pub struct CgroupHome<'a> {
+    /// The directory that it lies in.
+    pub parent: BorrowedFd<'a>,
+    /// Its name there.
+    pub name: &'a str,
+}
+
+/// The worker's handle on its launcher. When it is dropped, the launcher ends and every sandbox with it.
+#[derive(Debug)]
+pub struct Launcher {
+    channel: Option<Mutex<Channel>>,
+    pid: Pid,
+}
+
+impl Launcher {
+    /// Forks the launcher. Call it first in `main`: the process must have one thread.
+    ///
+    /// # Errors
+    /// EBUSY if there are other threads already; EPERM if this process may not make mount namespaces.
+    pub fn fork(filter: Vec<Instruction>) -> Result<Self> {
+        if std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() > 1) {
+            return Err(Errno::EBUSY);
+        }
+        let (here, there) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        // SAFETY: there is one thread, so the child may go on as if nothing had happened.
+        match unsafe { fork() }? {
+            ForkResult::Parent { child } => {
+                drop(there);
+                let channel = Channel::new(here);
+                let launcher = Self { channel: Some(Mutex::new(channel)), pid: child };
+                launcher.request(None, &[]).map(|_| launcher)
+            }
+            ForkResult::Child => {
+                drop(here);
+                let code = i32::from(serve(&Channel::new(there), filter).is_err());
+                exit_now(code)
+            }
+        }
+    }
+
+    /// Starts a sandbox and returns a pidfd of its init. `fds` are those that the plan names.
+    ///
+    /// # Errors
+    /// What clone3(2) answers; EPIPE if the launcher is gone.
+    pub fn start(&self, plan: Plan, fds: &[BorrowedFd<'_>]) -> Result<OwnedFd> {
+        let answer = self.request(Some(&Request::Start(Box::new(plan))), fds)?;
+        answer.into_iter().next().ok_or(Errno::EBADMSG)
+    }
+
+    /// A user namespace with this id map, for showing the owners of layers.
+    ///
+    /// # Errors
+    /// EPERM or ENOSPC if the host forbids user namespaces; EPIPE if the launcher is gone.
+    pub fn userns(&self, ids: IdRange) -> Result<OwnedFd> {
+        let answer = self.request(Some(&Request::Userns(ids)), &[])?;
+        answer.into_iter().next().ok_or(Errno::EBADMSG)
+    }
+
+    /// Tells which cgroups to remove when this process is gone.
+    ///
+    /// # Errors
+    /// EPIPE if the launcher is gone.
+    pub fn remember_cgroups(&self, homes: &[CgroupHome<'_>]) -> Result<()> {
+        let names = homes.iter().map(|home| home.name.to_owned()).collect();
+        let fds: Vec<_> = homes.iter().map(|home| home.parent).collect();
+        self.request(Some(&Request::Cgroups(names)), &fds).map(drop)
+    }
+
+    fn request(&self, request: Option<&Request>, fds: &[BorrowedFd<'_>]) -> Result<Vec<OwnedFd>> {
+        let channel = self.channel.as_ref().ok_or(Errno::EPIPE)?;
+        let channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(request) = request {
+            let body = postcard::to_stdvec(request).map_err(|_| Errno::EINVAL)?;
+            channel.send(&body, fds)?;
+        }
+        let (body, fds) = channel.receive()?.ok_or(Errno::EPIPE)?;
+        match postcard::from_bytes::<i32>(&body) {
+            Ok(0) => Ok(fds),
+            Ok(errno) => Err(Errno::from_raw(errno)),
+            Err(_) => Err(Errno::EBADMSG),
+        }
+    }
+}
+
+impl Drop for Launcher {
+    fn drop(&mut self) {
+        // Closing the socket is the word to end.
+        self.channel = None;
+        let _ = waitpid(self.pid, None);
+    }
+}
+
+/// What the launcher keeps between requests.
+struct Service {
+    old_root: OldRoot,
+    filter: Vec<Instruction>,
+    children: BTreeSet<libc::pid_t>,
+    cgroups: Vec<(OwnedFd, String)>,
+}
+
+/// The launcher's life, in the forked process.
+fn serve(channel: &Channel, filter: Vec<Instruction>) -> Result<()> {
+    let begun = begin(filter);
+    answer(channel, &begun.as_ref().map(|_| None).map_err(|e| *e))?;
+    let (mut service, signals) = begun?;
+    loop {
+        let mut ready =
+            [PollFd::new(channel.fd(), PollFlags::POLLIN), PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut ready, PollTimeout::NONE) {
+            Err(Errno::EINTR) => continue,
+            other => other?,
+        };
+        let [asked, child_ended] = ready.map(|fd| fd.any().unwrap_or(true));
+        if child_ended {
+            while matches!(signals.read_signal(), Ok(Some(_))) {}
+            service.reap();
+        }
+        if asked {
+            match channel.receive() {
+                Ok(None) => break,
+                Ok(Some((body, fds))) => {
+                    let done = service.perform(&body, fds);
+                    if answer(channel, &done).is_err() {
+                        break;
+                    }
+                }
+                Err(Errno::EINTR) => {}
+                Err(e) => answer(channel, &Err(e))?,
+            }
+        }
+    }
+    service.end();
+    Ok(())
+}
+
+fn begin(filter: Vec<Instruction>) -> Result<(Service, SignalFd)> {
+    setsid()?;
+    nix::sys::prctl::set_dumpable(false)?;
+    // SAFETY: the launcher has one thread, and uses neither arguments nor environment.
+    unsafe { forget_arguments(b"hutch-init") };
+    nix::sys::prctl::set_name(c"hutch-init")?;
+    let mut mask = SigSet::empty();
+    for signal in [Signal::SIGCHLD, Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
+        mask.add(signal);
+    }
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&mask), None)?;
+    let mut watched = SigSet::empty();
+    watched.add(Signal::SIGCHLD);
+    let signals = SignalFd::with_flags(&watched, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+    let old_root = tinyroot::enter()?;
+    Ok((Service { old_root, filter, children: BTreeSet::new(), cgroups: Vec::new() }, signals))
+}
+
+fn answer(channel: &Channel, done: &Result<Option<OwnedFd>>) -> Result<()> {
+    let (errno, fd) = match done {
+        Ok(fd) => (0, fd.as_ref()),
+        Err(e) => (*e as i32, None),
+    };
+    let body = postcard::to_stdvec(&errno).map_err(|_| Errno::EINVAL)?;
+    let fds: Vec<_> = fd.into_iter().map(OwnedFd::as_fd).collect();
+    channel.send(&body, &fds)
+}
+
+impl Service {
+    fn perform(&mut self, body: &[u8], fds: Vec<OwnedFd>) -> Result<Option<OwnedFd>> {
+        match postcard::from_bytes(body).map_err(|_| Errno::EBADMSG)? {
+            Request::Start(plan) => self.start(&plan, &fds).map(Some),
+            Request::Userns(ids) => self.userns(ids).map(Some),
+            Request::Cgroups(names) if names.len() == fds.len() => {
+                self.cgroups = fds.into_iter().zip(names).collect();
+                Ok(None)
+            }
+            Request::Cgroups(_) => Err(Errno::EBADMSG),
+        }
+    }
+
+    fn start(&mut self, plan: &Plan, fds: &[OwnedFd]) -> Result<OwnedFd> {
+        let mut sandbox = Sandbox::new(plan, fds, &self.filter)?;
+        let namespaces = flags::NEWPID | flags::NEWNS | flags::NEWIPC | flags::NEWUTS;
+        // SAFETY: the launcher has one thread, and `init` never returns.
+        match unsafe { clone_process(namespaces, None) }? {
+            Cloned::Child => child::init(&mut sandbox),
+            Cloned::Parent { pid, pidfd } => {
+                self.children.insert(pid);
+                Ok(pidfd)
+            }
+        }
+    }
+
+    /// Clones a process for its user namespace alone, and lets it go once the namespace is held.
+    fn userns(&mut self, ids: IdRange) -> Result<OwnedFd> {
+        // SAFETY: the launcher has one thread, and the child only waits to be killed.
+        match unsafe { clone_process(flags::NEWUSER, None) }? {
+            Cloned::Child => {
+                let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
+                loop {
+                    nix::unistd::pause();
+                }
+            }
+            Cloned::Parent { pid, pidfd } => {
+                let namespace = child::write_id_maps(self.old_root.proc_dir.as_fd(), pid, ids)
+                    .and_then(|()| child::open_user_namespace(self.old_root.proc_dir.as_fd(), pid));
+                crate::process::signal(pidfd.as_fd(), libc::SIGKILL)?;
+                waitpid(Pid::from_raw(pid), None)?;
+                namespace
+            }
+        }
+    }
+
+    fn reap(&mut self) {
+        while let Ok(status) = waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
+            match status {
+                WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _) => {
+                    self.children.remove(&pid.as_raw());
+                }
+                _ => break,
+            }
+        }
+    }
+
+    /// The last act: every sandbox dies, and its cgroups go.
+    fn end(&mut self) {
+        for pid in &self.children {
+            let _ = nix::sys::signal::kill(Pid::from_raw(*pid), Signal::SIGKILL);
+        }
+        for pid in std::mem::take(&mut self.children) {
+            let _ = waitpid(Pid::from_raw(pid), None);
+        }
+        for (parent, name) in &self.cgroups {
+            remove_cgroups(parent, name);
+        }
+    }
+}
+
+/// Removes a directory of cgroups whose processes are dead, deepest first.
+fn remove_cgroups(parent: &OwnedFd, name: &str) {
+    use nix::dir::{Dir, Type};
+    use nix::fcntl::OFlag;
+    use nix::sys::stat::Mode;
+    use nix::unistd::{UnlinkatFlags, unlinkat};
+    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    if let Ok(mut dir) = Dir::openat(parent, name, flags, Mode::empty()) {
+        let inner: Vec<_> = dir
+            .iter()
+            .filter_map(core::result::Result::ok)
+            .filter(|entry| entry.file_type() == Some(Type::Directory))
+            .map(|entry| entry.file_name().to_owned())
+            .filter(|name| !name.as_bytes().starts_with(b"."))
+            .collect();
+        for child in inner {
+            let _ = unlinkat(&dir, child.as_c_str(), UnlinkatFlags::RemoveDir);
+        }
+    }
+    let _ = unlinkat(parent.as_fd(), name, UnlinkatFlags::RemoveDir);
+}

@@ -1,0 +1,118 @@
+//! The files of cgroup v1: Documentation/admin-guide/cgroup-v1 of the kernel.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::Path;
+
+use hutch_proto::Limits;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::{Controller, Readings, Setting, keyed, read_number, read_text, write_file};
+
+/// Microseconds over which a quota is counted.
+const PERIOD_US: u64 = 100_000;
+
+/// What to write for these limits, in order.
+pub(super) fn settings(limits: &Limits, controllers: &[Controller], dir: &Path) -> Vec<Setting> {
+    let mut settings = Vec::new();
+    let mut set = |controller, file, value: String| settings.push(Setting { controller, file, value });
+    for controller in controllers {
+        match controller {
+            Controller::Memory => {
+                let memory = limits.memory_bytes;
+                set(*controller, "memory.limit_in_bytes", memory.to_string());
+                // Without swap accounting the file is not there; then the host has no swap, or is refused.
+                if dir.join("memory.memsw.limit_in_bytes").exists() {
+                    let both = memory.saturating_add(limits.swap_bytes);
+                    set(*controller, "memory.memsw.limit_in_bytes", both.to_string());
+                }
+            }
+            Controller::Pids => set(*controller, "pids.max", limits.pids.to_string()),
+            Controller::Cpu => {
+                set(*controller, "cpu.cfs_period_us", PERIOD_US.to_string());
+                set(*controller, "cpu.cfs_quota_us", quota_us(limits.cpu_millis).to_string());
+            }
+            Controller::Cpuset => {
+                let parent = dir.parent().unwrap_or(dir);
+                set(*controller, "cpuset.mems", read_text(parent, "cpuset.mems").trim().to_owned());
+                set(*controller, "cpuset.cpus", limits.cpuset.clone().unwrap_or_default());
+            }
+            Controller::Cpuacct | Controller::Io => {}
+        }
+    }
+    settings
+}
+
+/// Microseconds of a period for this share of a processor; the kernel takes no less than 1,000.
+pub(super) fn quota_us(cpu_millis: u64) -> u64 {
+    (cpu_millis.saturating_mul(PERIOD_US) / 1000).max(1000)
+}
+
+/// Adds what one controller counted.
+pub(super) fn read(controller: Controller, dir: &Path, readings: &mut Readings) {
+    match controller {
+        Controller::Memory => {
+            readings.memory_bytes = read_number(dir, "memory.usage_in_bytes").unwrap_or(0);
+            readings.memory_peak_bytes = read_number(dir, "memory.max_usage_in_bytes").unwrap_or(0);
+            readings.oom_kills = keyed(&read_text(dir, "memory.oom_control"), "oom_kill").unwrap_or(0);
+        }
+        Controller::Pids => {
+            readings.pids = read_number(dir, "pids.current").unwrap_or(0);
+            readings.pids_peak = read_number(dir, "pids.peak").unwrap_or(0);
+            readings.pids_denied = keyed(&read_text(dir, "pids.events"), "max").unwrap_or(0);
+        }
+        Controller::Cpu => {
+            let stat = read_text(dir, "cpu.stat");
+            readings.throttled_us = keyed(&stat, "throttled_time").unwrap_or(0) / 1000;
+        }
+        Controller::Cpuacct => {
+            readings.cpu_user_us = read_number(dir, "cpuacct.usage_user").unwrap_or(0) / 1000;
+            readings.cpu_system_us = read_number(dir, "cpuacct.usage_sys").unwrap_or(0) / 1000;
+        }
+        Controller::Io => {
+            let text = read_text(dir, "blkio.throttle.io_service_bytes");
+            readings.io_read_bytes = device_sum(&text, "Read");
+            readings.io_write_bytes = device_sum(&text, "Write");
+        }
+        Controller::Cpuset => {}
+    }
+}
+
+/// The sum over devices of `MAJOR:MINOR OPERATION BYTES` lines.
+fn device_sum(text: &str, operation: &str) -> u64 {
+    text.lines()
+        .filter_map(|line| {
+            let mut words = line.split_whitespace().skip(1);
+            (words.next()? == operation).then(|| words.next()?.parse::<u64>().ok()).flatten()
+        })
+        .sum()
+}
+
+/// Asks to be told when memory runs out: section 9 and 10 of memory.rst.
+pub(super) fn out_of_memory(dir: &Path) -> io::Result<OwnedFd> {
+    let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+    let control = File::open(dir.join("memory.oom_control"))?;
+    write_file(&dir.join("cgroup.event_control"), &format!("{} {}", event.as_raw_fd(), control.as_raw_fd()))?;
+    Ok(event.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_devices_add_up() {
+        let text = "8:0 Read 100\n8:0 Write 7\n8:16 Read 1\n8:0 Total 107\nTotal 108\n";
+        assert_eq!(device_sum(text, "Read"), 101);
+        assert_eq!(device_sum(text, "Write"), 7);
+        assert_eq!(device_sum("", "Read"), 0);
+    }
+
+    #[test]
+    fn a_share_of_a_processor_is_a_part_of_the_period() {
+        assert_eq!(quota_us(1000), 100_000);
+        assert_eq!(quota_us(2500), 250_000);
+        assert_eq!(quota_us(1), 1000);
+    }
+}

@@ -1,0 +1,468 @@
+//! The engine: one job, one fresh sandbox, from spec to report.
+//!
+//! `JobSpec -> Plan -> Prepared -> Running -> Exited -> Collected -> Report`: each stage consumes what the one
+//! before made, and undoes itself when dropped. A job of several steps shares one Prepared; each step has
+//! its own Running, in namespaces and a cgroup of its own.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use hutch_proto::{Captured, JobSpec, Reason, StepResult, Timeline, Timestamp, Usage};
+use hutch_sandbox_sys::{CgroupHome, Launcher as RawLauncher};
+use tokio_util::sync::CancellationToken;
+
+use crate::cgroup::{Cgroups, GroupWatch, JobCgroup, Readings};
+use crate::collect::{self, Collected};
+use crate::config::EngineConfig;
+use crate::host::{self, IdRanges};
+use crate::hostlayer::HostLayer;
+use crate::observe::{Observer, SlotGauges, Stream};
+use crate::plan::{Abilities, JobPlan, StepPlan};
+use crate::prepare::{DiskUse, Prepared, volumes_dir};
+use crate::refusal::Refusal;
+use crate::report::{Durations, Report};
+use crate::spawn::{Means, spawn, with_source};
+use crate::supervise::{Exited, supervise};
+use crate::verdict::{End, Observed, Verdict, decide};
+use crate::{failure, seccomp};
+
+/// A process of its own, small and with one thread, from which sandboxes are cloned.
+#[derive(Debug)]
+pub struct Launcher(RawLauncher);
+
+impl Launcher {
+    /// Forks the launcher. Call it first in `main`, while the process has one thread.
+    ///
+    /// # Errors
+    /// If this process has threads already, or may not make mount namespaces.
+    pub fn fork() -> Result<Self, EngineError> {
+        let filter = seccomp::default_filter().map_err(|e| EngineError(e.to_string()))?;
+        RawLauncher::fork(filter).map(Self).map_err(|e| match e {
+            hutch_sandbox_sys::Errno::EPERM => EngineError(
+                "this process may not make mount namespaces; run as root, or in a container with CAP_SYS_ADMIN"
+                    .to_owned(),
+            ),
+            other => EngineError(format!("cannot fork the launcher: {}", other.desc())),
+        })
+    }
+}
+
+/// Why there can be no engine on this host; says what would help.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct EngineError(String);
+
+/// One job for the engine.
+#[derive(Debug)]
+pub struct Order {
+    /// The job, its blobs already resolved to inline content.
+    pub job: JobSpec,
+    /// The slot it runs in; no two running jobs share one.
+    pub slot: u32,
+    /// Cancels it.
+    pub cancel: CancellationToken,
+}
+
+/// Runs jobs; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Engine(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    // Dropped first: with the launcher every sandbox dies, and its cgroups are free to go.
+    launcher: RawLauncher,
+    cgroups: Cgroups,
+    config: EngineConfig,
+    abilities: Abilities,
+    host: Option<HostLayer>,
+    ids: IdRanges,
+    userns: Vec<OwnedFd>,
+    dev_null: OwnedFd,
+    masks: Vec<(&'static str, hutch_sandbox_sys::MaskKind)>,
+    reaped: u64,
+    gauges: Mutex<BTreeMap<u32, LiveGroup>>,
+}
+
+/// A running step's cgroup, as the gauges see it.
+#[derive(Debug)]
+struct LiveGroup {
+    watch: GroupWatch,
+    memory_limit_bytes: u64,
+}
+
+impl LiveGroup {
+    fn gauges(&self, slot: u32) -> SlotGauges {
+        let readings = self.watch.readings();
+        SlotGauges {
+            slot,
+            memory_bytes: readings.memory_bytes,
+            memory_limit_bytes: self.memory_limit_bytes,
+            cpu_us: readings.cpu_us(),
+            cpu_throttled_us: readings.throttled_us,
+            pids: readings.pids,
+            io_read_bytes: readings.io_read_bytes,
+            io_write_bytes: readings.io_write_bytes,
+            pressure_us: self.watch.pressure(),
+        }
+    }
+}
+
+impl Engine {
+    /// An engine on this host: looks at what the kernel can do, removes what a killed predecessor left.
+    ///
+    /// # Errors
+    /// If no job could be isolated here; the message names the remedy.
+    pub fn new(launcher: Launcher, config: EngineConfig) -> Result<Self, EngineError> {
+        let failed =
+            |what: &str, e: &dyn std::error::Error| EngineError(format!("{what}: {}", with_source(e)));
+        let launcher = launcher.0;
+        let cgroups = Cgroups::find().map_err(|e| EngineError(with_source(&e)))?;
+        let reaped = cgroups.reap();
+        tell_launcher(&launcher, &cgroups)?;
+        make_private(&config.data_dir).map_err(|e| failed("cannot make the data directory", &e))?;
+        make_private(&volumes_dir(&config)).map_err(|e| failed("cannot make the volumes directory", &e))?;
+        let host = if config.allow_host_layer {
+            let dir = config.data_dir.join("host");
+            make_private(&dir).map_err(|e| failed("cannot make the host layer", &e))?;
+            Some(HostLayer::make(&dir).map_err(|e| failed("cannot make the host layer", &e))?)
+        } else {
+            None
+        };
+        let ids = IdRanges::take(config.slots).map_err(|e| failed("cannot take ids for the slots", &e))?;
+        let userns = (0..config.slots)
+            .filter_map(|slot| ids.of(slot))
+            .map(|range| launcher.userns(range))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|e| {
+                EngineError(format!(
+                    "cannot make user namespaces: {}; see user.max_user_namespaces",
+                    e.desc()
+                ))
+            })?;
+        let dev_null =
+            std::fs::File::open("/dev/null").map_err(|e| failed("cannot open /dev/null", &e))?.into();
+        let abilities = Abilities {
+            cpuset: cgroups.has_cpuset(),
+            swap: cgroups.limits_swap(),
+            max_open_files: host::max_open_files(),
+        };
+        Ok(Self(Arc::new(Inner {
+            launcher,
+            cgroups,
+            config,
+            abilities,
+            host,
+            ids,
+            userns,
+            dev_null,
+            masks: host::masks(),
+            reaped,
+            gauges: Mutex::new(BTreeMap::new()),
+        })))
+    }
+
+    /// Runs one job to its verdict. Whatever goes wrong is in the report.
+    pub async fn run(&self, order: Order, observer: &dyn Observer) -> Report {
+        let mut course = Course::begin();
+        let plan = match JobPlan::new(&order.job, &self.0.config, &self.0.abilities) {
+            Ok(plan) => plan,
+            Err(refusal) => return course.refused(refusal),
+        };
+        match self.run_plan(&plan, &order, observer, &mut course).await {
+            Ok(prepared) => course.collected(self.collect(plan, prepared).await),
+            Err(refusal) => course.refused(refusal),
+        }
+    }
+
+    /// Runs all steps that are to run, and hands the file system on.
+    async fn run_plan(
+        &self,
+        plan: &JobPlan,
+        order: &Order,
+        observer: &dyn Observer,
+        course: &mut Course,
+    ) -> Result<Prepared, Refusal> {
+        let inner = &*self.0;
+        let ids = inner.ids.of(order.slot).ok_or_else(|| Refusal::host("there is no such slot"))?;
+        let prepared = Prepared::new(plan, &inner.config, inner.host.as_ref(), &inner.masks, ids)?;
+        let told = AtomicBool::new(false);
+        for (index, step) in plan.steps.iter().enumerate() {
+            let means = Means {
+                launcher: &inner.launcher,
+                cgroups: &inner.cgroups,
+                userns: inner.userns[order.slot as usize].as_fd(),
+                dev_null: inner.dev_null.as_fd(),
+                ids,
+                slot: order.slot,
+            };
+            let running = spawn(means, plan, step, &prepared, index == 0)?;
+            let _live = self.register(order.slot, &running.cgroup, step.limits.memory_bytes);
+            if !told.swap(true, Ordering::Relaxed) {
+                observer.started();
+            }
+            let exited = supervise(running, &step.limits, &step.name, &prepared, &order.cancel, observer)
+                .await
+                .map_err(|e| Refusal::host(format!("lost sight of a sandbox: {e}")))?;
+            if !course.step_done(step, plan, exited)? {
+                break;
+            }
+        }
+        Ok(prepared)
+    }
+
+    async fn collect(&self, plan: JobPlan, prepared: Prepared) -> Result<Collected, Refusal> {
+        if plan.globs.is_empty() {
+            // Taking down the file system is nobody's wait.
+            tokio::task::spawn_blocking(move || drop(prepared));
+            return Ok(Collected::default());
+        }
+        let engine = self.clone();
+        let work = move || collect::collect(&plan, &prepared, &engine.0.config);
+        let done = tokio::task::spawn_blocking(work).await;
+        let failed =
+            |e: &dyn std::fmt::Display| Refusal::host(format!("cannot read what the job wrote: {e}"));
+        done.map_err(|e| failed(&e))?.map_err(|e| failed(&e))
+    }
+
+    fn register(&self, slot: u32, group: &JobCgroup, memory_limit_bytes: u64) -> Live<'_> {
+        self.live().insert(slot, LiveGroup { watch: group.watch(), memory_limit_bytes });
+        Live { engine: self, slot }
+    }
+
+    fn live(&self) -> std::sync::MutexGuard<'_, BTreeMap<u32, LiveGroup>> {
+        self.0.gauges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The cgroups of the jobs that run now.
+    #[must_use]
+    pub fn gauges(&self) -> Vec<SlotGauges> {
+        self.live().iter().map(|(slot, group)| group.gauges(*slot)).collect()
+    }
+
+    /// How many left-over sandboxes were removed at the start.
+    #[must_use]
+    pub fn reaped(&self) -> u64 {
+        self.0.reaped
+    }
+}
+
+/// Takes a slot's gauges away when its step is over.
+struct Live<'a> {
+    engine: &'a Engine,
+    slot: u32,
+}
+
+impl Drop for Live<'_> {
+    fn drop(&mut self) {
+        self.engine.live().remove(&self.slot);
+    }
+}
+
+fn make_private(dir: &std::path::Path) -> std::io::Result<()> {
+    use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
+}
+
+fn tell_launcher(launcher: &RawLauncher, cgroups: &Cgroups) -> Result<(), EngineError> {
+    let failed =
+        |e: &dyn std::fmt::Display| EngineError(format!("cannot hand the cgroups to the launcher: {e}"));
+    let parents = cgroups
+        .hierarchies
+        .iter()
+        .map(|hierarchy| std::fs::File::open(&hierarchy.parent))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|e| failed(&e))?;
+    let homes: Vec<_> = parents
+        .iter()
+        .map(|parent| CgroupHome { parent: parent.as_fd(), name: &cgroups.home_name })
+        .collect();
+    launcher.remember_cgroups(&homes).map_err(|e| failed(&e))
+}
+
+/// A job's usage as the contract shows it.
+pub(crate) fn usage(readings: &Readings, wall_time_ms: u64, disk: DiskUse) -> Usage {
+    Usage {
+        wall_time_ms,
+        cpu_user_ms: readings.cpu_user_us / 1000,
+        cpu_system_ms: readings.cpu_system_us / 1000,
+        cpu_throttled_ms: readings.throttled_us / 1000,
+        memory_peak_bytes: readings.memory_peak_bytes,
+        oom_kills: readings.oom_kills,
+        pids_peak: readings.pids_peak,
+        pids_denied: readings.pids_denied,
+        io_read_bytes: readings.io_read_bytes,
+        io_write_bytes: readings.io_write_bytes,
+        disk_bytes: disk.bytes,
+        disk_inodes: disk.inodes,
+    }
+}
+
+/// What is known of a job so far.
+struct Course {
+    begun: Instant,
+    started_at: Timestamp,
+    begun_ns: u64,
+    step_begun_ns: u64,
+    step_begun_at: Timestamp,
+    durations: Durations,
+    steps: Vec<StepResult>,
+    decided: Option<Verdict>,
+    usage: Usage,
+}
+
+impl Course {
+    fn begin() -> Self {
+        let (now, at) = (hutch_sandbox_sys::process::monotonic_ns(), Timestamp::now());
+        Self {
+            begun: Instant::now(),
+            started_at: at,
+            begun_ns: now,
+            step_begun_ns: now,
+            step_begun_at: at,
+            durations: Durations::default(),
+            steps: Vec::new(),
+            decided: None,
+            usage: Usage::default(),
+        }
+    }
+
+    /// Takes in a step that is over; true if the next one is to run.
+    fn step_done(&mut self, step: &StepPlan, plan: &JobPlan, exited: Exited) -> Result<bool, Refusal> {
+        let now = hutch_sandbox_sys::process::monotonic_ns();
+        let started_ns = exited.records.started_ns.unwrap_or(exited.dead_ns);
+        let ended_ns = exited.records.ended.map_or(exited.dead_ns, |(_, at)| at).max(started_ns);
+        let run_us = (ended_ns - started_ns) / 1000;
+        let seen = Observed {
+            cause: exited.cause,
+            end: exited.records.ended.map(|(status, _)| End::of(status)),
+            readings: exited.readings,
+            wall_ms: run_us / 1000,
+            idle_ms: u64::try_from(exited.idle.as_millis()).unwrap_or(u64::MAX),
+            stdout_bytes: exited.stdout.bytes,
+            stderr_bytes: exited.stderr.bytes,
+            disk_full: (exited.disk.bytes_full, exited.disk.inodes_full),
+            disk_bytes: exited.disk.bytes,
+            disk_inodes: exited.disk.inodes,
+        };
+        // Removing a group may take a moment, and nobody waits for it.
+        tokio::task::spawn_blocking(move || drop(exited.cgroup));
+        let out_of_memory = exited.readings.oom_kills > 0;
+        let verdict = match exited.records.failed {
+            Some(record) if !out_of_memory && exited.cause.is_none() => failure::explain(record, plan, step)?,
+            _ => decide(&step.limits, &seen),
+        };
+        let usage = usage(&exited.readings, seen.wall_ms, exited.disk);
+        self.usage = self.usage.then(usage);
+        let setup_us = started_ns.saturating_sub(self.step_begun_ns) / 1000;
+        let teardown_us = now.saturating_sub(ended_ns) / 1000;
+        self.durations.setup_us += setup_us;
+        self.durations.run_us += run_us;
+        self.durations.teardown_us += teardown_us;
+        let finished_at = Timestamp::now();
+        let goes_on = verdict.reason.is_none()
+            || (step.allow_failure && !matches!(verdict.reason, Some(Reason::Requested | Reason::HostError)));
+        self.steps.push(StepResult {
+            name: step.name.clone(),
+            status: verdict.status,
+            reason: verdict.reason,
+            message: verdict.message.clone(),
+            limit: verdict.limit.clone(),
+            exit_code: verdict.exit_code,
+            signal: verdict.signal.clone(),
+            stdout: exited.stdout,
+            stderr: exited.stderr,
+            usage,
+            timeline: Timeline {
+                submitted_at: self.started_at,
+                started_at: Some(self.step_begun_at),
+                finished_at,
+                queue_ms: 0,
+                setup_us,
+                run_us,
+                collect_us: 0,
+                teardown_us,
+            },
+        });
+        self.step_begun_ns = now;
+        self.step_begun_at = finished_at;
+        // A failure that is allowed does not decide, unless nothing else does.
+        if !(goes_on && verdict.reason.is_some()) {
+            self.decided = Some(verdict);
+        }
+        Ok(goes_on)
+    }
+
+    /// The report on a job whose program did not run, or whose sandbox failed.
+    fn refused(self, refusal: Refusal) -> Report {
+        let Refusal { reason, message, limit } = refusal;
+        let verdict = Verdict {
+            status: reason.status(),
+            reason: Some(reason),
+            message,
+            limit,
+            exit_code: None,
+            signal: None,
+        };
+        self.report(verdict, Collected::default())
+    }
+
+    fn collected(mut self, collected: Result<Collected, Refusal>) -> Report {
+        let collected = match collected {
+            Ok(collected) => collected,
+            Err(refusal) => return self.refused(refusal),
+        };
+        let all_ns = hutch_sandbox_sys::process::monotonic_ns().saturating_sub(self.begun_ns);
+        let known = self.durations.setup_us + self.durations.run_us + self.durations.teardown_us;
+        self.durations.collect_us = (all_ns / 1000).saturating_sub(known);
+        let verdict = self.decided.take().unwrap_or(Verdict {
+            status: hutch_proto::Status::Succeeded,
+            reason: None,
+            message: String::new(),
+            limit: None,
+            exit_code: Some(0),
+            signal: None,
+        });
+        self.report(verdict, collected)
+    }
+
+    fn report(self, verdict: Verdict, collected: Collected) -> Report {
+        tracing::debug!(status = %verdict.status, elapsed = ?self.begun.elapsed(), "job done");
+        let stdout = concatenated(&self.steps, Stream::Stdout);
+        let stderr = concatenated(&self.steps, Stream::Stderr);
+        Report {
+            status: verdict.status,
+            reason: verdict.reason,
+            message: verdict.message,
+            limit: verdict.limit,
+            exit_code: verdict.exit_code,
+            signal: verdict.signal,
+            stdout,
+            stderr,
+            usage: self.usage,
+            outputs: collected.outputs,
+            archive: collected.archive,
+            steps: self.steps,
+            started_at: Some(self.started_at),
+            finished_at: Timestamp::now(),
+            durations: self.durations,
+        }
+    }
+}
+
+fn concatenated(steps: &[StepResult], stream: Stream) -> Captured {
+    let mut all = Captured::default();
+    for step in steps {
+        let one = match stream {
+            Stream::Stdout => &step.stdout,
+            Stream::Stderr => &step.stderr,
+        };
+        all.data.extend_from_slice(&one.data);
+        all.bytes += one.bytes;
+        all.truncated |= one.truncated;
+    }
+    all
+}

@@ -1,0 +1,95 @@
+//! What this host is: id ranges that are ours, paths of /proc to mask, limits that cannot be raised.
+
+use std::fs::{self, File, OpenOptions};
+use std::path::Path;
+
+use hutch_sandbox_sys::{IdRange, MaskKind};
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::resource::{Resource, getrlimit};
+
+/// Paths of /proc that tell of the host or reach into it: the lists of the OCI runtimes, and those of
+/// the kernel's symbols and messages.
+const MASKS: &[(&str, MaskKind)] = &[
+    ("/proc/acpi", MaskKind::Directory),
+    ("/proc/asound", MaskKind::Directory),
+    ("/proc/interrupts", MaskKind::File),
+    ("/proc/kallsyms", MaskKind::File),
+    ("/proc/kcore", MaskKind::File),
+    ("/proc/keys", MaskKind::File),
+    ("/proc/key-users", MaskKind::File),
+    ("/proc/kmsg", MaskKind::File),
+    ("/proc/latency_stats", MaskKind::File),
+    ("/proc/sched_debug", MaskKind::File),
+    ("/proc/scsi", MaskKind::Directory),
+    ("/proc/timer_list", MaskKind::File),
+    ("/proc/timer_stats", MaskKind::File),
+    ("/proc/bus", MaskKind::ReadOnly),
+    ("/proc/fs", MaskKind::ReadOnly),
+    ("/proc/irq", MaskKind::ReadOnly),
+    ("/proc/sys", MaskKind::ReadOnly),
+    ("/proc/sysrq-trigger", MaskKind::ReadOnly),
+];
+
+/// The masks for what this kernel's /proc has.
+pub(crate) fn masks() -> Vec<(&'static str, MaskKind)> {
+    MASKS.iter().copied().filter(|(path, _)| Path::new(path).exists()).collect()
+}
+
+/// The most open files that this process may allow: RLIMIT_NOFILE.
+pub(crate) fn max_open_files() -> u64 {
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(_, hard)| hard)
+}
+
+/// Ids of the host that no other sandbox on it has, one range for each slot.
+#[derive(Debug)]
+pub(crate) struct IdRanges {
+    ranges: Vec<IdRange>,
+    /// Holds the locks; they go with it.
+    _locks: File,
+}
+
+/// First id, count of a range, and how many ranges there are: all below 0x7000_0000, above which
+/// systemd has uses for ids.
+const FIRST_ID: u32 = 0x3000_0000;
+const IDS: u32 = 0x1_0000;
+const RANGES: u32 = 0x4000;
+
+impl IdRanges {
+    /// Takes a range for each slot, by locks on one file that all hutch processes of this host share.
+    pub(crate) fn take(slots: u32) -> std::io::Result<Self> {
+        let dir = Path::new("/run/hutch");
+        fs::create_dir_all(dir)?;
+        let mut options = OpenOptions::new();
+        let locks = options.read(true).write(true).create(true).truncate(false).open(dir.join("ids.lock"))?;
+        let mut ranges = Vec::new();
+        for range in 0..RANGES {
+            if ranges.len() == slots as usize {
+                break;
+            }
+            if lock_byte(&locks, range) {
+                ranges.push(IdRange { base: FIRST_ID + range * IDS, count: IDS });
+            }
+        }
+        if ranges.len() < slots as usize {
+            return Err(std::io::Error::other("every range of ids is taken by another hutch process"));
+        }
+        Ok(Self { ranges, _locks: locks })
+    }
+
+    /// The range of a slot.
+    pub(crate) fn of(&self, slot: u32) -> Option<IdRange> {
+        self.ranges.get(slot as usize).copied()
+    }
+}
+
+/// Locks one byte for this open file: F_OFD_SETLK of fcntl_locking(2).
+fn lock_byte(file: &File, byte: u32) -> bool {
+    let lock = libc::flock {
+        l_type: i16::try_from(libc::F_WRLCK).unwrap_or(1),
+        l_whence: i16::try_from(libc::SEEK_SET).unwrap_or(0),
+        l_start: byte.into(),
+        l_len: 1,
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).is_ok()
+}

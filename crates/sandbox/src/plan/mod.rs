@@ -1,0 +1,237 @@
+//! From a spec to a plan: every decision, before anything is made. No I/O.
+//!
+//! In order: what cannot be done here is refused; limits are resolved against the worker's policy;
+//! layers and volumes become places; each step gets its arguments, its environment and the
+//! paths at which its program may be.
+
+mod mounts;
+mod program;
+
+use std::path::{Path, PathBuf};
+
+use hutch_proto::{
+    Content, JobSpec, LayerRef, LimitPolicy, Limits, LimitsSpec, Network, Reason, StepSpec, VolumeSource,
+};
+
+use crate::config::EngineConfig;
+use crate::refusal::Refusal;
+
+pub(crate) use mounts::{MountPlan, Slots, scratch_dirs, steps as mount_steps};
+pub(crate) use program::{StepPlan, rlimits};
+
+/// What this host can enforce, as far as plans depend on it.
+#[derive(Debug, Clone)]
+pub(crate) struct Abilities {
+    /// Whether processors can be chosen.
+    pub(crate) cpuset: bool,
+    /// Whether swap is limited (or there is none).
+    pub(crate) swap: bool,
+    /// The highest limit on open files that this process may give.
+    pub(crate) max_open_files: u64,
+}
+
+/// Where a layer comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum LayerSource {
+    /// A directory of the host.
+    Dir(PathBuf),
+    /// The host's own programs.
+    Host,
+}
+
+/// One volume of a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct VolumePlan {
+    pub(crate) source: VolumeSource,
+    pub(crate) target: String,
+    pub(crate) read_only: bool,
+}
+
+/// One file to write before the start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct FilePlan {
+    pub(crate) path: String,
+    pub(crate) mode: u32,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// Everything about a job, decided.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct JobPlan {
+    pub(crate) hostname: String,
+    pub(crate) layers: Vec<LayerSource>,
+    pub(crate) volumes: Vec<VolumePlan>,
+    pub(crate) files: Vec<FilePlan>,
+    pub(crate) user: String,
+    pub(crate) group: Option<String>,
+    pub(crate) steps: Vec<StepPlan>,
+    pub(crate) disk_bytes: u64,
+    pub(crate) disk_inodes: u64,
+    pub(crate) globs: Vec<String>,
+}
+
+impl JobPlan {
+    /// Decides everything about a job.
+    ///
+    /// # Errors
+    /// The verdict on a job that cannot be run as it is written, or not on this worker.
+    pub(crate) fn new(spec: &JobSpec, config: &EngineConfig, abilities: &Abilities) -> Result<Self, Refusal> {
+        refuse_what_is_not_there(spec)?;
+        let limits = config.limits.resolve(&spec.limits, "limits")?;
+        check_abilities(&limits, config, abilities, "limits")?;
+        let layers = spec
+            .layers
+            .iter()
+            .enumerate()
+            .map(|(index, layer)| layer_source(layer, &format!("layers[{index}]"), config))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            hostname: format!("job-{}", &spec.id.to_string()[..8]),
+            layers,
+            volumes: spec
+                .volumes
+                .iter()
+                .enumerate()
+                .map(|(index, volume)| {
+                    check_volume(&volume.source, &format!("volumes[{index}]"), config)?;
+                    Ok(VolumePlan {
+                        source: volume.source.clone(),
+                        target: volume.target.to_string(),
+                        read_only: volume.read_only,
+                    })
+                })
+                .collect::<Result<_, Refusal>>()?,
+            files: spec
+                .files
+                .iter()
+                .enumerate()
+                .map(|(index, file)| {
+                    Ok(FilePlan {
+                        path: file.path.to_string(),
+                        mode: file.mode.bits(),
+                        bytes: inline(&file.content, &format!("files[{index}]"))?,
+                    })
+                })
+                .collect::<Result<_, Refusal>>()?,
+            user: spec.user.user().to_owned(),
+            group: spec.user.group().map(str::to_owned),
+            steps: steps(spec, config, abilities)?,
+            disk_bytes: limits.disk_bytes,
+            disk_inodes: limits.disk_inodes,
+            globs: spec.outputs.paths.clone(),
+        })
+    }
+}
+
+/// The bytes of a content that was given in place.
+fn inline(content: &Content, path: &str) -> Result<Vec<u8>, Refusal> {
+    match content {
+        Content::Inline(bytes) => Ok(bytes.clone()),
+        Content::Blob(digest) => Err(Refusal::spec(path, format!("there is no blob {digest} in the store"))),
+    }
+}
+
+fn refuse_what_is_not_there(spec: &JobSpec) -> Result<(), Refusal> {
+    if spec.network == Network::Egress {
+        return Err(Refusal::spec("network", "`egress` is not available on this worker; `none` is"));
+    }
+    if spec.tty {
+        return Err(Refusal::spec("tty", "a pseudo-terminal is not available on this worker"));
+    }
+    if spec.outputs.layer {
+        return Err(Refusal::spec("outputs.layer", "committing a layer is not available on this worker"));
+    }
+    Ok(())
+}
+
+fn check_abilities(
+    limits: &Limits,
+    config: &EngineConfig,
+    abilities: &Abilities,
+    path: &str,
+) -> Result<(), Refusal> {
+    if limits.cpuset.is_some() && !abilities.cpuset {
+        let message = "this host cannot bind a job to processors: it has no cpuset controller";
+        return Err(Refusal::spec(&format!("{path}.cpuset"), message));
+    }
+    if !abilities.swap {
+        let message = "this host cannot limit swap: turn swap off, or swap accounting on (swapaccount=1)";
+        return Err(Refusal::spec(&format!("{path}.swap_bytes"), message));
+    }
+    if limits.open_files > abilities.max_open_files {
+        let message =
+            format!("{} is above what this host allows: {}", limits.open_files, abilities.max_open_files);
+        return Err(Refusal::spec(&format!("{path}.open_files"), message));
+    }
+    if limits.disk_bytes > config.scratch_memory_bytes {
+        let message = format!(
+            "{} is above this worker's scratch space of {}",
+            limits.disk_bytes, config.scratch_memory_bytes
+        );
+        return Err(Refusal::spec(&format!("{path}.disk_bytes"), message));
+    }
+    Ok(())
+}
+
+fn layer_source(layer: &LayerRef, path: &str, config: &EngineConfig) -> Result<LayerSource, Refusal> {
+    match layer {
+        LayerRef::Host if config.allow_host_layer => Ok(LayerSource::Host),
+        LayerRef::Host => Err(Refusal::spec(
+            path,
+            "the `host` layer is off on this worker; set worker.allow_host_layer = true to allow it",
+        )),
+        LayerRef::Dir(dir) => {
+            let dir = PathBuf::from(dir);
+            if config.layer_dirs.iter().any(|allowed| dir.starts_with(allowed)) {
+                return Ok(LayerSource::Dir(dir));
+            }
+            let message = format!("{} is not below a path that worker.layer_dirs allows", dir.display());
+            Err(Refusal::spec(path, message))
+        }
+        other => Err(Refusal::new(
+            Reason::ImageError,
+            format!("{path}: `{other}` is not in this worker's store, and cannot be fetched yet"),
+        )),
+    }
+}
+
+fn check_volume(source: &VolumeSource, path: &str, config: &EngineConfig) -> Result<(), Refusal> {
+    let VolumeSource::HostPath(host) = source else { return Ok(()) };
+    if config.allowed_host_paths.iter().any(|allowed| Path::new(host).starts_with(allowed)) {
+        return Ok(());
+    }
+    let message =
+        format!("{path}.host_path: {host} is not below a path that worker.allowed_host_paths allows");
+    Err(Refusal::new(Reason::VolumeError, message))
+}
+
+/// The job's steps; a plain command is one step called `main`.
+fn steps(spec: &JobSpec, config: &EngineConfig, abilities: &Abilities) -> Result<Vec<StepPlan>, Refusal> {
+    if let Some(command) = &spec.command {
+        let limits = step_limits(&config.limits, spec, None, "limits")?;
+        return Ok(vec![program::plan(spec, None, command, limits)?]);
+    }
+    if spec.steps.is_empty() {
+        return Err(Refusal::spec(
+            "command",
+            "a command or steps are needed, since no layer brings a command",
+        ));
+    }
+    let plan = |(index, step): (usize, &StepSpec)| {
+        let path = format!("steps[{index}].limits");
+        let limits = step_limits(&config.limits, spec, Some(&step.limits), &path)?;
+        check_abilities(&limits, config, abilities, &path)?;
+        program::plan(spec, Some(step), &step.command, limits)
+    };
+    spec.steps.iter().enumerate().map(plan).collect()
+}
+
+fn step_limits(
+    policy: &LimitPolicy,
+    spec: &JobSpec,
+    step: Option<&LimitsSpec>,
+    path: &str,
+) -> Result<Limits, Refusal> {
+    let asked = step.map_or_else(|| spec.limits.clone(), |step| step.over(&spec.limits));
+    Ok(policy.resolve(&asked, path)?)
+}

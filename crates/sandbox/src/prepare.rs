@@ -1,0 +1,327 @@
+//! What a job's sandboxes are made of, as descriptors: dropping them undoes everything.
+//!
+//! In order: layers and volumes are opened below the directories that the config allows, never by a
+//! path twice; the scratch file system is made, sized, with an upper and a work directory for each
+//! overlay; stdin and files become sealed memory. Each step then gets fresh mounts of it all.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+
+use hutch_proto::{Reason, VolumeSource};
+use hutch_sandbox_sys::mount::{
+    NODEV, NOSUID, NewFilesystem, RDONLY, RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS,
+    clone_tree, map_owners, open_beneath, restrict,
+};
+use hutch_sandbox_sys::{Errno, IdRange};
+use nix::fcntl::{AT_FDCWD, FcntlArg, OFlag, SealFlag, fcntl, openat};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::{Mode, mkdirat};
+
+use crate::config::EngineConfig;
+use crate::hostlayer::HostLayer;
+use crate::plan::{JobPlan, LayerSource, MountPlan, VolumePlan, scratch_dirs};
+use crate::refusal::Refusal;
+
+/// Inodes of the scratch file system that are ours, not the job's: its root, and four for each overlay.
+const OWN_INODES: u64 = 2;
+const OWN_INODES_PER_OVERLAY: u64 = 4;
+
+/// A directory that is shown in a sandbox.
+#[derive(Debug)]
+struct Shown {
+    dir: OwnedFd,
+    read_only: bool,
+    /// Whether its owners are shown through the sandbox's ids.
+    mapped: bool,
+}
+
+/// Where one overlay's changes are.
+#[derive(Debug)]
+pub(crate) struct Upper {
+    /// Where the overlay is in the sandbox: empty for the root.
+    pub(crate) prefix: String,
+    /// The upper directory.
+    pub(crate) dir: OwnedFd,
+}
+
+/// A job's file system, ready for its first step.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub(crate) mounts: MountPlan,
+    shown: Vec<Shown>,
+    volumes: Vec<Shown>,
+    scratch: OwnedFd,
+    own_inodes: u64,
+    pub(crate) uppers: Vec<Upper>,
+    pub(crate) payload: Option<OwnedFd>,
+}
+
+/// Fresh mounts for one step, attached nowhere yet.
+#[derive(Debug)]
+pub(crate) struct StepMounts {
+    pub(crate) layers: Vec<OwnedFd>,
+    pub(crate) scratch: OwnedFd,
+    pub(crate) volumes: Vec<OwnedFd>,
+}
+
+/// How full the scratch file system is.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct DiskUse {
+    pub(crate) bytes: u64,
+    pub(crate) inodes: u64,
+    pub(crate) bytes_full: bool,
+    pub(crate) inodes_full: bool,
+}
+
+impl Prepared {
+    /// Opens and makes everything.
+    ///
+    /// # Errors
+    /// The verdict: `image_error` or `volume_error` for what cannot be opened, `host_error` for the rest.
+    pub(crate) fn new(
+        plan: &JobPlan,
+        config: &EngineConfig,
+        host: Option<&HostLayer>,
+        masks: &[(&'static str, hutch_sandbox_sys::MaskKind)],
+        ids: IdRange,
+    ) -> Result<Self, Refusal> {
+        let mut shown = Vec::new();
+        for (index, layer) in plan.layers.iter().enumerate() {
+            let dir = match layer {
+                LayerSource::Dir(path) => open_layer(path, index, config)?,
+                LayerSource::Host => open_skeleton(host)?,
+            };
+            shown.push(Shown { dir, read_only: true, mapped: true });
+        }
+        let trees = if plan.layers.first() == Some(&LayerSource::Host) {
+            open_trees(host, &mut shown)?
+        } else {
+            Vec::new()
+        };
+        let volumes = plan
+            .volumes
+            .iter()
+            .enumerate()
+            .map(|(index, volume)| open_volume(volume, index, config))
+            .collect::<Result<Vec<_>, _>>()?;
+        let overlays = 1 + trees.len();
+        let own_inodes = OWN_INODES + OWN_INODES_PER_OVERLAY * overlays as u64;
+        let prefixes = std::iter::once("").chain(trees.iter().map(|(path, _)| path.as_str()));
+        let (scratch, uppers) = scratch(plan, own_inodes, prefixes, ids)
+            .map_err(|e| Refusal::host(format!("cannot make the scratch file system: {e}")))?;
+        let files: Vec<&[u8]> = plan.files.iter().map(|file| file.bytes.as_slice()).collect();
+        let payload = if files.is_empty() { None } else { Some(sealed(&files)?) };
+        let mounts = MountPlan {
+            layers: plan.layers.len(),
+            trees,
+            targets: plan.volumes.iter().map(|volume| volume.target.clone()).collect(),
+            masks: masks.to_vec(),
+        };
+        Ok(Self { mounts, shown, volumes, scratch, own_inodes, uppers, payload })
+    }
+
+    /// Fresh mounts for one step.
+    pub(crate) fn step_mounts(&self, userns: BorrowedFd<'_>) -> Result<StepMounts, Refusal> {
+        let failed = |e: Errno| Refusal::host(format!("cannot mount the job's layers: {}", e.desc()));
+        let all = |shown: &[Shown]| shown.iter().map(|one| one.mount(userns)).collect::<Result<Vec<_>, _>>();
+        Ok(StepMounts {
+            layers: all(&self.shown).map_err(failed)?,
+            scratch: clone_tree(self.scratch.as_fd(), c"").map_err(failed)?,
+            volumes: all(&self.volumes).map_err(failed)?,
+        })
+    }
+
+    /// How full the scratch file system is: fstatfs(2).
+    pub(crate) fn disk_use(&self) -> DiskUse {
+        let Ok(stat) = nix::sys::statvfs::fstatvfs(&self.scratch) else { return DiskUse::default() };
+        let used = |all: u64, free: u64| all.saturating_sub(free);
+        DiskUse {
+            bytes: used(stat.blocks(), stat.blocks_free()) * stat.fragment_size(),
+            inodes: used(stat.files(), stat.files_free()).saturating_sub(self.own_inodes),
+            bytes_full: stat.blocks_free() == 0,
+            inodes_full: stat.files_free() == 0,
+        }
+    }
+}
+
+impl Shown {
+    fn mount(&self, userns: BorrowedFd<'_>) -> hutch_sandbox_sys::Result<OwnedFd> {
+        let mount = clone_tree(self.dir.as_fd(), c"")?;
+        if self.mapped {
+            // A file system without idmapped mounts shows the owners as nobody; what everybody may read
+            // still serves.
+            match map_owners(mount.as_fd(), userns) {
+                Err(Errno::EINVAL | Errno::EOPNOTSUPP) => {}
+                other => other?,
+            }
+        }
+        restrict(mount.as_fd(), NOSUID | NODEV | if self.read_only { RDONLY } else { 0 })?;
+        Ok(mount)
+    }
+}
+
+/// Opens a directory below one of the allowed ones.
+fn open_allowed(path: &Path, allowed: &[PathBuf], resolve: u64) -> Result<OwnedFd, Errno> {
+    let root = allowed.iter().find(|root| path.starts_with(root)).ok_or(Errno::EACCES)?;
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let base = openat(AT_FDCWD, root.as_path(), flags, Mode::empty())?;
+    let below = path.strip_prefix(root).map_err(|_| Errno::EACCES)?;
+    let below = if below.as_os_str().is_empty() { Path::new(".") } else { below };
+    let below = CString::new(below.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
+    open_beneath(base.as_fd(), &below, libc::O_PATH | libc::O_DIRECTORY, 0, resolve)
+}
+
+fn open_layer(path: &Path, index: usize, config: &EngineConfig) -> Result<OwnedFd, Refusal> {
+    open_allowed(path, &config.layer_dirs, RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS).map_err(|e| {
+        Refusal::new(
+            Reason::ImageError,
+            format!("layers[{index}]: cannot open {}: {}", path.display(), e.desc()),
+        )
+    })
+}
+
+fn open_path(path: &Path) -> Result<OwnedFd, Errno> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+    openat(AT_FDCWD, path, flags, Mode::empty())
+}
+
+fn host_layer(host: Option<&HostLayer>) -> Result<&HostLayer, Refusal> {
+    host.ok_or_else(|| Refusal::host("the host layer was not set up"))
+}
+
+fn open_skeleton(host: Option<&HostLayer>) -> Result<OwnedFd, Refusal> {
+    let skeleton = &host_layer(host)?.skeleton;
+    open_path(skeleton)
+        .map_err(|e| Refusal::host(format!("cannot open {}: {}", skeleton.display(), e.desc())))
+}
+
+/// Opens the host's trees, and says which layers above have each of them too.
+fn open_trees(
+    host: Option<&HostLayer>,
+    shown: &mut Vec<Shown>,
+) -> Result<Vec<(String, Vec<usize>)>, Refusal> {
+    let mut trees = Vec::new();
+    let layers = shown.len();
+    for tree in &host_layer(host)?.trees {
+        let inside = CString::new(tree.trim_start_matches('/')).unwrap_or_default();
+        let mut above = Vec::new();
+        for (index, layer) in shown.iter().enumerate().take(layers).skip(1) {
+            let resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS;
+            match open_beneath(layer.dir.as_fd(), &inside, libc::O_PATH | libc::O_DIRECTORY, 0, resolve) {
+                Ok(_) => above.push(index),
+                Err(Errno::ENOENT) => {}
+                Err(_) => {
+                    let message =
+                        format!("layers[{index}]: {tree} must be a directory to be stacked on the host's");
+                    return Err(Refusal::new(Reason::ImageError, message));
+                }
+            }
+        }
+        let dir = open_path(Path::new(tree))
+            .map_err(|e| Refusal::host(format!("cannot open the host's {tree}: {}", e.desc())))?;
+        shown.push(Shown { dir, read_only: true, mapped: true });
+        trees.push((tree.clone(), above));
+    }
+    Ok(trees)
+}
+
+/// The directory in which named volumes are kept.
+pub(crate) fn volumes_dir(config: &EngineConfig) -> PathBuf {
+    config.data_dir.join("volumes")
+}
+
+fn open_volume(volume: &VolumePlan, index: usize, config: &EngineConfig) -> Result<Shown, Refusal> {
+    let failed = |what: &str, e: Errno| {
+        Refusal::new(Reason::VolumeError, format!("volumes[{index}]: cannot open {what}: {}", e.desc()))
+    };
+    match &volume.source {
+        VolumeSource::HostPath(path) => {
+            // Owners are not mapped: to the host's files a job is a stranger.
+            let resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS;
+            let dir = open_allowed(Path::new(path), &config.allowed_host_paths, resolve)
+                .map_err(|e| failed(path, e))?;
+            Ok(Shown { dir, read_only: volume.read_only, mapped: false })
+        }
+        VolumeSource::Named(name) => {
+            let open = || -> Result<OwnedFd, Errno> {
+                let home = open_path(&volumes_dir(config))?;
+                let name = CString::new(name.as_str()).map_err(|_| Errno::EINVAL)?;
+                match mkdirat(&home, name.as_c_str(), Mode::empty()) {
+                    // Whoever a job runs as may use its volume.
+                    Ok(()) => {
+                        let flags = nix::sys::stat::FchmodatFlags::FollowSymlink;
+                        nix::sys::stat::fchmodat(
+                            &home,
+                            name.as_c_str(),
+                            Mode::from_bits_truncate(0o1777),
+                            flags,
+                        )?;
+                    }
+                    Err(Errno::EEXIST) => {}
+                    Err(e) => return Err(e),
+                }
+                let resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS;
+                open_beneath(home.as_fd(), &name, libc::O_PATH | libc::O_DIRECTORY, 0, resolve)
+            };
+            let dir = open().map_err(|e| failed(name, e))?;
+            Ok(Shown { dir, read_only: volume.read_only, mapped: true })
+        }
+    }
+}
+
+/// A tmpfs of the job's size, with an upper and a work directory for each overlay, and `/dev/shm`.
+fn scratch<'p>(
+    plan: &JobPlan,
+    own_inodes: u64,
+    prefixes: impl Iterator<Item = &'p str>,
+    ids: IdRange,
+) -> Result<(OwnedFd, Vec<Upper>), Errno> {
+    let number = |value: u64| CString::new(value.to_string()).map_err(|_| Errno::EINVAL);
+    let tmpfs = NewFilesystem::open(c"tmpfs")?;
+    tmpfs.set(c"size", &number(plan.disk_bytes)?)?;
+    tmpfs.set(c"nr_inodes", &number(plan.disk_inodes.saturating_add(own_inodes))?)?;
+    tmpfs.set(c"mode", c"0755")?;
+    let mount = tmpfs.mount(NOSUID | NODEV)?;
+    let owner = (Some(ids.base.into()), Some(ids.base.into()));
+    let make = |path: &str, mode: u32| -> Result<(), Errno> {
+        mkdirat(&mount, path, Mode::from_bits_truncate(mode))?;
+        let flags = nix::sys::stat::FchmodatFlags::FollowSymlink;
+        nix::sys::stat::fchmodat(&mount, path, Mode::from_bits_truncate(mode), flags)?;
+        nix::unistd::fchownat(&mount, path, owner.0, owner.1, nix::fcntl::AtFlags::empty())
+    };
+    make("shm", 0o1777)?;
+    let mut uppers = Vec::new();
+    for (overlay, prefix) in prefixes.enumerate() {
+        let (upper, work) = scratch_dirs(overlay);
+        mkdirat(&mount, format!("o{overlay}").as_str(), Mode::from_bits_truncate(0o755))?;
+        make(&upper, 0o755)?;
+        make(&work, 0o755)?;
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        uppers.push(Upper {
+            prefix: prefix.to_owned(),
+            dir: openat(&mount, upper.as_str(), flags, Mode::empty())?,
+        });
+    }
+    Ok((mount, uppers))
+}
+
+/// Memory with these bytes, one after another, that nobody can change any more: memfd_create(2).
+pub(crate) fn sealed(parts: &[&[u8]]) -> Result<OwnedFd, Refusal> {
+    let make = || -> std::io::Result<OwnedFd> {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let mut file = File::from(memfd_create(c"hutch-input", flags)?);
+        for part in parts {
+            file.write_all(part)?;
+        }
+        let seals =
+            SealFlag::F_SEAL_SEAL | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_WRITE;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+        // A description of its own: read-only, and at the beginning.
+        Ok(File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?.into())
+    };
+    make().map_err(|e| Refusal::host(format!("cannot hold the job's input: {e}")))
+}

@@ -1,0 +1,147 @@
+//! From prepared to running: pipes, cgroup, plan, and the launcher's word that init lives.
+
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+
+use hutch_sandbox_sys::{FdIndex, FileWrite, IdRange, Launcher, Plan, Program, ProgramCgroup};
+use nix::fcntl::OFlag;
+
+use crate::cgroup::{Cgroups, Entrance, JobCgroup};
+use crate::plan::{JobPlan, Slots, StepPlan, mount_steps, rlimits};
+use crate::prepare::{Prepared, sealed};
+use crate::refusal::Refusal;
+
+/// A sandbox whose init lives.
+#[derive(Debug)]
+pub(crate) struct Running {
+    /// init; when it is dead, so is everything in the sandbox.
+    pub(crate) init: OwnedFd,
+    /// Where records come from.
+    pub(crate) report: OwnedFd,
+    pub(crate) stdout: OwnedFd,
+    pub(crate) stderr: OwnedFd,
+    /// Readable when memory ran out, where the kernel leaves it to us to kill the rest.
+    pub(crate) out_of_memory: Option<OwnedFd>,
+    pub(crate) cgroup: JobCgroup,
+}
+
+/// The descriptors that travel with a plan, in order.
+#[derive(Default)]
+struct FdList<'a>(Vec<BorrowedFd<'a>>);
+
+impl<'a> FdList<'a> {
+    /// Adds descriptors and says where the first of them is.
+    fn add(&mut self, fds: impl IntoIterator<Item = BorrowedFd<'a>>) -> FdIndex {
+        let first = FdIndex::try_from(self.0.len()).unwrap_or(FdIndex::MAX);
+        self.0.extend(fds);
+        first
+    }
+}
+
+/// What spawning needs of the engine.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Means<'a> {
+    pub(crate) launcher: &'a Launcher,
+    pub(crate) cgroups: &'a Cgroups,
+    pub(crate) userns: BorrowedFd<'a>,
+    pub(crate) dev_null: BorrowedFd<'a>,
+    pub(crate) ids: IdRange,
+    pub(crate) slot: u32,
+}
+
+/// Starts one step of a job.
+///
+/// # Errors
+/// `host_error`, with the operation that failed.
+pub(crate) fn spawn(
+    means: Means<'_>,
+    job: &JobPlan,
+    step: &StepPlan,
+    prepared: &Prepared,
+    first: bool,
+) -> Result<Running, Refusal> {
+    let cgroup =
+        means.cgroups.create(means.slot, &step.limits).map_err(|e| Refusal::host(with_source(&e)))?;
+    let entrance = cgroup.entrance().map_err(|e| Refusal::host(with_source(&e)))?;
+    let out_of_memory = cgroup.out_of_memory().map_err(|e| Refusal::host(with_source(&e)))?;
+    let mounts = prepared.step_mounts(means.userns)?;
+    let stdin = if step.stdin.is_empty() { None } else { Some(sealed(&[&step.stdin])?) };
+    let (report, report_end) = pipe()?;
+    let (stdout, stdout_end) = pipe()?;
+    let (stderr, stderr_end) = pipe()?;
+
+    let mut fds = FdList::default();
+    let report_index = fds.add([report_end.as_fd()]);
+    let stdin_index = fds.add([stdin.as_ref().map_or(means.dev_null, OwnedFd::as_fd)]);
+    let stdout_index = fds.add([stdout_end.as_fd()]);
+    let stderr_index = fds.add([stderr_end.as_fd()]);
+    let slots = Slots {
+        layers: fds.add(mounts.layers.iter().map(OwnedFd::as_fd)),
+        scratch: fds.add([mounts.scratch.as_fd()]),
+        volumes: fds.add(mounts.volumes.iter().map(OwnedFd::as_fd)),
+    };
+    let payload = prepared.payload.as_ref().filter(|_| first).map(|payload| fds.add([payload.as_fd()]));
+    let program_cgroup = match &entrance {
+        Entrance::Tasks(tasks) => ProgramCgroup::Tasks(indices(&mut fds, tasks)),
+        Entrance::Unified(dir, tasks) => {
+            let dir = fds.add([dir.as_fd()]);
+            ProgramCgroup::Unified(dir, indices(&mut fds, tasks))
+        }
+    };
+    let plan = Plan {
+        hostname: job.hostname.clone(),
+        report: report_index,
+        steps: mount_steps(&prepared.mounts, slots),
+        ids: means.ids,
+        program: Program {
+            cgroup: program_cgroup,
+            user: job.user.clone(),
+            group: job.group.clone(),
+            files: if first { file_writes(job) } else { Vec::new() },
+            payload,
+            cwd: step.cwd.clone(),
+            argv: step.argv.clone(),
+            candidates: step.candidates.clone(),
+            env: step.env.clone(),
+            set_home: step.set_home,
+            set_user: step.set_user,
+            rlimits: rlimits(&step.limits),
+            stdio: [stdin_index, stdout_index, stderr_index],
+        },
+    };
+    let init = means
+        .launcher
+        .start(plan, &fds.0)
+        .map_err(|e| Refusal::host(format!("the launcher could not start a sandbox: {}", e.desc())))?;
+    Ok(Running { init, report, stdout, stderr, out_of_memory, cgroup })
+}
+
+fn indices<'a>(fds: &mut FdList<'a>, tasks: &'a [OwnedFd]) -> Vec<FdIndex> {
+    tasks.iter().map(|task| fds.add([task.as_fd()])).collect()
+}
+
+fn file_writes(job: &JobPlan) -> Vec<FileWrite> {
+    let mut offset = 0;
+    job.files
+        .iter()
+        .map(|file| {
+            let length = file.bytes.len() as u64;
+            let path = std::ffi::CString::new(file.path.as_str()).unwrap_or_default();
+            let write = FileWrite { path, offset, length, mode: file.mode };
+            offset += length;
+            write
+        })
+        .collect()
+}
+
+fn pipe() -> Result<(OwnedFd, OwnedFd), Refusal> {
+    nix::unistd::pipe2(OFlag::O_CLOEXEC)
+        .map_err(|e| Refusal::host(format!("cannot make a pipe: {}", e.desc())))
+}
+
+/// An error and what caused it, in one line.
+pub(crate) fn with_source(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}

@@ -1,0 +1,406 @@
+//! One step from its start to the death of its last process.
+//!
+//! Records, output, the clock, the processor's use, memory and the wish to cancel are watched at once;
+//! the first cause to kill is the one that counts. When init is dead, so is the whole tree
+//! (pid_namespaces(7)); only then is the rest of the pipes read, and what the kernel counted.
+
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::Duration;
+
+use hutch_proto::{Captured, Limits, OutputOverflow};
+use hutch_sandbox_sys::{RECORD_BYTES, Record, process};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tokio::io::Interest;
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::cgroup::{JobCgroup, Readings};
+use crate::observe::{Observer, Stream};
+use crate::prepare::{DiskUse, Prepared};
+use crate::spawn::Running;
+use crate::verdict::Cause;
+
+/// How long set-up may take.
+const SETUP_LIMIT: Duration = Duration::from_secs(60);
+/// How often a running job's usage is told.
+const USAGE_EVERY: Duration = Duration::from_secs(1);
+/// Bounds of the time between two looks at the processor's use.
+const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(500));
+
+/// A step whose last process is dead.
+#[derive(Debug)]
+pub(crate) struct Exited {
+    pub(crate) cause: Option<Cause>,
+    pub(crate) records: Records,
+    pub(crate) readings: Readings,
+    pub(crate) disk: DiskUse,
+    pub(crate) idle: Duration,
+    pub(crate) stdout: Captured,
+    pub(crate) stderr: Captured,
+    /// CLOCK_MONOTONIC when the tree was dead, nanoseconds.
+    pub(crate) dead_ns: u64,
+    pub(crate) cgroup: JobCgroup,
+}
+
+/// What came over the report pipe.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Records {
+    pub(crate) failed: Option<Record>,
+    pub(crate) started_ns: Option<u64>,
+    pub(crate) ended: Option<(i32, u64)>,
+}
+
+/// Output that is kept up to a limit.
+#[derive(Debug)]
+struct Capture {
+    kept: Vec<u8>,
+    bytes: u64,
+    limit: usize,
+}
+
+impl Capture {
+    fn new(limit: u64) -> Self {
+        Self { kept: Vec::new(), bytes: 0, limit: usize::try_from(limit).unwrap_or(usize::MAX) }
+    }
+
+    /// Takes what came and returns the part that is kept.
+    fn take<'b>(&mut self, bytes: &'b [u8]) -> &'b [u8] {
+        let room = self.limit.saturating_sub(self.kept.len());
+        let kept = &bytes[..bytes.len().min(room)];
+        self.kept.extend_from_slice(kept);
+        self.bytes += bytes.len() as u64;
+        kept
+    }
+
+    fn overflowed(&self) -> bool {
+        self.bytes > self.kept.len() as u64
+    }
+
+    fn done(self) -> Captured {
+        let truncated = self.overflowed();
+        Captured { data: self.kept, bytes: self.bytes, truncated }
+    }
+}
+
+/// The watch over one step.
+struct Watch<'a> {
+    limits: &'a Limits,
+    step: &'a str,
+    observer: &'a dyn Observer,
+    init: AsyncFd<OwnedFd>,
+    cgroup: JobCgroup,
+    prepared: &'a Prepared,
+    records: Records,
+    stdout: Capture,
+    stderr: Capture,
+    cause: Option<Cause>,
+    /// When SIGTERM's grace is over.
+    kill_at: Option<Instant>,
+    setup_until: Instant,
+    wall_until: Option<Instant>,
+    look_at: Option<Instant>,
+    usage_at: Instant,
+    cpu_us: u64,
+    active: Instant,
+    disk: DiskUse,
+}
+
+/// Watches a step until its last process is dead.
+///
+/// # Errors
+/// If the descriptors cannot be watched; the sandbox is dead then too, by their closing and the launcher.
+pub(crate) async fn supervise(
+    running: Running,
+    limits: &Limits,
+    step: &str,
+    prepared: &Prepared,
+    cancel: &CancellationToken,
+    observer: &dyn Observer,
+) -> io::Result<Exited> {
+    let Running { init, report, stdout, stderr, out_of_memory, cgroup } = running;
+    let now = Instant::now();
+    let [report, stdout, stderr] = [watched(report)?, watched(stdout)?, watched(stderr)?];
+    let memory = out_of_memory.map(watched).transpose()?;
+    let mut watch = Watch {
+        limits,
+        step,
+        observer,
+        init: watched(init)?,
+        cgroup,
+        prepared,
+        records: Records::default(),
+        stdout: Capture::new(limits.stdout_bytes),
+        stderr: Capture::new(limits.stderr_bytes),
+        cause: None,
+        kill_at: None,
+        setup_until: now + SETUP_LIMIT,
+        wall_until: None,
+        look_at: None,
+        usage_at: now + USAGE_EVERY,
+        cpu_us: 0,
+        active: now,
+        disk: DiskUse::default(),
+    };
+    let mut open = [true; 3];
+    let mut memory_open = memory.is_some();
+    loop {
+        let next = watch.next_look();
+        tokio::select! {
+            ready = watch.init.readable() => { ready?.retain_ready(); break }
+            ready = report.readable(), if open[0] => open[0] = settle(ready?, watch.read_records(&report)?),
+            ready = stdout.readable(), if open[1] => {
+                open[1] = settle(ready?, watch.read_output(&stdout, Stream::Stdout)?);
+            }
+            ready = stderr.readable(), if open[2] => {
+                open[2] = settle(ready?, watch.read_output(&stderr, Stream::Stderr)?);
+            }
+            () = out_of_memory_event(memory.as_ref()), if memory_open => { memory_open = false; watch.memory_ran_out() }
+            () = cancel.cancelled(), if watch.cause.is_none() => watch.kill(Cause::Requested),
+            () = tokio::time::sleep_until(next) => watch.look(),
+        }
+    }
+    let dead_ns = process::monotonic_ns();
+    // Every writer is dead: what is left in the pipes is all there will be.
+    watch.read_records(&report)?;
+    while watch.read_output(&stdout, Stream::Stdout)? == Flow::More {}
+    while watch.read_output(&stderr, Stream::Stderr)? == Flow::More {}
+    Ok(watch.finish(dead_ns))
+}
+
+/// What a pipe still has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flow {
+    /// There may be more now.
+    More,
+    /// There is none now.
+    Dry,
+    /// There will be none.
+    Closed,
+}
+
+/// A descriptor that the runtime watches; reads of it do not block.
+fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+    // The reading end has an open description of its own: the program's end goes on blocking.
+    fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    #[expect(
+        deprecated,
+        reason = "an OwnedFd keeps its descriptor open, which is all that the new name asks for"
+    )]
+    AsyncFd::with_interest(fd, Interest::READABLE)
+}
+
+/// Tells the runtime what was found; true while the pipe is open.
+fn settle(mut ready: AsyncFdReadyGuard<'_, OwnedFd>, flow: Flow) -> bool {
+    match flow {
+        Flow::More => ready.retain_ready(),
+        Flow::Dry => ready.clear_ready(),
+        Flow::Closed => {}
+    }
+    flow != Flow::Closed
+}
+
+/// Reads once: the bytes' count, or what the pipe has instead.
+fn read(fd: &AsyncFd<OwnedFd>, bytes: &mut [u8]) -> io::Result<Result<usize, Flow>> {
+    match nix::unistd::read(fd.get_ref(), bytes) {
+        Ok(0) => Ok(Err(Flow::Closed)),
+        Ok(count) => Ok(Ok(count)),
+        Err(Errno::EAGAIN | Errno::EINTR) => Ok(Err(Flow::Dry)),
+        Err(e) => Err(e.into()),
+    }
+}
+
+async fn out_of_memory_event(event: Option<&AsyncFd<OwnedFd>>) {
+    match event {
+        Some(event) => drop(event.readable().await),
+        None => std::future::pending().await,
+    }
+}
+
+impl Watch<'_> {
+    /// The next moment at which something may be due.
+    fn next_look(&self) -> Instant {
+        let setup = if self.records.started_ns.is_none() { Some(self.setup_until) } else { None };
+        [self.kill_at, self.wall_until, self.look_at, setup]
+            .into_iter()
+            .flatten()
+            .fold(self.usage_at, Instant::min)
+    }
+
+    /// Whatever is due by now.
+    fn look(&mut self) {
+        let now = Instant::now();
+        if self.kill_at.is_some_and(|at| at <= now) {
+            self.kill_at = None;
+            self.signal(libc::SIGKILL);
+        }
+        if self.records.started_ns.is_none() && self.setup_until <= now {
+            self.kill_now(Cause::Setup);
+        }
+        if self.wall_until.is_some_and(|at| at <= now) {
+            self.wall_until = None;
+            self.kill(Cause::WallTime);
+        }
+        if self.look_at.is_some_and(|at| at <= now) {
+            self.look_at_processor(now);
+        }
+        if self.usage_at <= now {
+            self.usage_at = now + USAGE_EVERY;
+            self.note_disk();
+            if self.records.started_ns.is_some() {
+                let readings = self.cgroup.readings();
+                self.observer.usage(&crate::engine::usage(&readings, self.running_ms(), self.disk));
+            }
+        }
+    }
+
+    fn running_ms(&self) -> u64 {
+        let started = self.records.started_ns.unwrap_or_else(process::monotonic_ns);
+        process::monotonic_ns().saturating_sub(started) / 1_000_000
+    }
+
+    /// Sees how much of the processor was used, and when to look again: as soon as the rest could be used up.
+    fn look_at_processor(&mut self, now: Instant) {
+        let used = self.cgroup.cpu_us();
+        if used > self.cpu_us {
+            self.cpu_us = used;
+            self.active = now;
+        }
+        let mut wait = LOOK_AGAIN.1;
+        if let Some(limit) = self.limits.cpu_time_ms {
+            let left = (limit * 1000).saturating_sub(used);
+            if left == 0 {
+                self.kill(Cause::CpuTime);
+            }
+            let most = self.limits.cpu_millis.max(1);
+            wait = wait.min(Duration::from_micros(left.saturating_mul(1000) / most));
+        }
+        if let Some(limit) = self.limits.idle_time_ms {
+            let limit = Duration::from_millis(limit);
+            let idle = now.saturating_duration_since(self.active);
+            if idle >= limit {
+                self.kill(Cause::IdleTime);
+            }
+            wait = wait.min(limit.saturating_sub(idle).min(limit / 4));
+        }
+        self.look_at = Some(now + wait.max(LOOK_AGAIN.0));
+    }
+
+    fn note_disk(&mut self) {
+        let now = self.prepared.disk_use();
+        self.disk = DiskUse {
+            bytes_full: self.disk.bytes_full || now.bytes_full,
+            inodes_full: self.disk.inodes_full || now.inodes_full,
+            ..now
+        };
+    }
+
+    fn signal(&self, signal: libc::c_int) {
+        // It may have died just now.
+        let _ = process::signal(self.init.get_ref().as_fd(), signal);
+    }
+
+    /// Kills for a cause, with the grace that the limits give.
+    fn kill(&mut self, cause: Cause) {
+        if self.cause.is_some() {
+            return;
+        }
+        if self.limits.kill_grace_ms == 0 || self.records.started_ns.is_none() {
+            self.kill_now(cause);
+            return;
+        }
+        self.cause = Some(cause);
+        self.kill_at = Some(Instant::now() + Duration::from_millis(self.limits.kill_grace_ms));
+        self.signal(libc::SIGTERM);
+    }
+
+    fn kill_now(&mut self, cause: Cause) {
+        if self.cause.is_none() {
+            self.cause = Some(cause);
+        }
+        self.signal(libc::SIGKILL);
+    }
+
+    /// The kernel killed a process for memory, or is about to: the rest goes too.
+    fn memory_ran_out(&mut self) {
+        // The event also comes when the group is removed, and before the kill is counted.
+        self.kill_now(Cause::Memory);
+    }
+
+    /// Reads records until there are none for now.
+    fn read_records(&mut self, report: &AsyncFd<OwnedFd>) -> io::Result<Flow> {
+        let mut bytes = [0; RECORD_BYTES];
+        loop {
+            match read(report, &mut bytes)? {
+                Err(flow) => return Ok(flow),
+                Ok(RECORD_BYTES) => match Record::from_bytes(&bytes) {
+                    Some(record) => self.note(record),
+                    None => return Err(io::Error::other("a sandbox sent what is no record")),
+                },
+                Ok(_) => return Err(io::Error::other("a sandbox sent a part of a record")),
+            }
+        }
+    }
+
+    fn note(&mut self, record: Record) {
+        match record {
+            Record::Failed { .. } => self.records.failed = Some(record),
+            Record::Ended { wait_status, at_ns } => self.records.ended = Some((wait_status, at_ns)),
+            Record::Started { at_ns } => {
+                self.records.started_ns = Some(at_ns);
+                let now = Instant::now();
+                let since = Duration::from_nanos(process::monotonic_ns().saturating_sub(at_ns));
+                let wall = Duration::from_millis(self.limits.wall_time_ms);
+                self.wall_until = Some(now + wall.saturating_sub(since));
+                self.active = now;
+                if self.limits.cpu_time_ms.is_some() || self.limits.idle_time_ms.is_some() {
+                    self.look_at_processor(now);
+                }
+            }
+        }
+    }
+
+    /// Reads output, so much at one time that a flood does not hold up the clock.
+    fn read_output(&mut self, pipe: &AsyncFd<OwnedFd>, stream: Stream) -> io::Result<Flow> {
+        let mut bytes = [0; 16 << 10];
+        for _ in 0..16 {
+            let count = match read(pipe, &mut bytes)? {
+                Err(flow) => return Ok(flow),
+                Ok(count) => count,
+            };
+            self.active = Instant::now();
+            let (capture, name) = match stream {
+                Stream::Stdout => (&mut self.stdout, "stdout_bytes"),
+                Stream::Stderr => (&mut self.stderr, "stderr_bytes"),
+            };
+            let kept = capture.take(&bytes[..count]);
+            let overflowed = capture.overflowed();
+            if !kept.is_empty() {
+                self.observer.output(self.step, stream, kept);
+            }
+            if overflowed && self.limits.output_overflow == OutputOverflow::Kill {
+                self.kill(Cause::Output(name));
+            }
+        }
+        Ok(Flow::More)
+    }
+
+    fn finish(mut self, dead_ns: u64) -> Exited {
+        self.note_disk();
+        let readings = self.cgroup.readings();
+        Exited {
+            cause: self.cause,
+            records: self.records,
+            readings,
+            disk: self.disk,
+            idle: Instant::now().saturating_duration_since(self.active),
+            stdout: self.stdout.done(),
+            stderr: self.stderr.done(),
+            dead_ns,
+            cgroup: self.cgroup,
+        }
+    }
+}

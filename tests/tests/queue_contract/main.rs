@@ -1,0 +1,8 @@
+//! The queue's contract, told once and held to on both homes.
+//!
+//! Every test takes a queue's name of its own, so that all can share one broker. Nothing here waits
+//! for a fixed time: a wait is for a condition, with a limit that only a failure reaches.
+
+mod embedded;
+mod home;
+mod suite;
