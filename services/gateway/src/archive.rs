@@ -117,15 +117,23 @@ impl Wanted {
     }
 }
 
-/// A path of the archive as results show it: from the root, bytes that are not UTF-8 as `\xNN`.
+/// A path of the archive as results show it: from the root; bytes that are not UTF-8, and control
+/// characters, as `\xNN`.
 fn shown(path: &[u8]) -> String {
     let path = path.strip_prefix(b"./").unwrap_or(path);
     let mut text = String::from("/");
+    let escape = |text: &mut String, bytes: &[u8]| {
+        text.extend(bytes.iter().map(|byte| format!("\\x{byte:02x}")));
+    };
     for chunk in path.strip_prefix(b"/").unwrap_or(path).utf8_chunks() {
-        text.push_str(chunk.valid());
-        for byte in chunk.invalid() {
-            text.push_str(&format!("\\x{byte:02x}"));
+        for letter in chunk.valid().chars() {
+            if letter.is_control() {
+                escape(&mut text, letter.to_string().as_bytes());
+            } else {
+                text.push(letter);
+            }
         }
+        escape(&mut text, chunk.invalid());
     }
     text
 }
@@ -188,5 +196,6 @@ mod tests {
     fn names_are_shown_as_in_results() {
         assert_eq!(shown(b"box/a"), "/box/a");
         assert_eq!(shown(b"./box/\xff"), "/box/\\xff");
+        assert_eq!(shown(b"box/a\nb"), "/box/a\\x0ab");
     }
 }

@@ -18,7 +18,7 @@ use crate::metrics::Metrics;
 const QUEUE_ANSWER: Duration = Duration::from_secs(15);
 
 /// How a [`Gateway`] treats every request.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct GatewayConfig {
     /// Who may do what; without, only this machine may, and then everything.
     pub tokens: Option<Tokens>,
@@ -26,11 +26,25 @@ pub struct GatewayConfig {
     pub max_blob_bytes: u64,
     /// Metrics of others in this process, shown along with the gateway's own.
     pub registries: Vec<Registry>,
+    /// Says why others in this process are not ready; none if they are.
+    pub not_ready: Option<NotReady>,
+}
+
+/// Says why something is not ready; none if it is.
+pub type NotReady = Arc<dyn Fn() -> Option<String> + Send + Sync>;
+
+impl fmt::Debug for GatewayConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GatewayConfig")
+            .field("tokens", &self.tokens.is_some())
+            .field("max_blob_bytes", &self.max_blob_bytes)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Default for GatewayConfig {
     fn default() -> Self {
-        Self { tokens: None, max_blob_bytes: 1 << 30, registries: Vec::new() }
+        Self { tokens: None, max_blob_bytes: 1 << 30, registries: Vec::new(), not_ready: None }
     }
 }
 
@@ -93,6 +107,17 @@ impl Gateway {
             return Err(GatewayError::Exposed(listen));
         }
         Ok(())
+    }
+
+    /// Why jobs cannot be taken now; none if they can.
+    pub(crate) fn not_ready(&self) -> Option<String> {
+        if self.closing.is_cancelled() {
+            return Some("the gateway is ending".to_owned());
+        }
+        if !self.queue.connected() {
+            return Some("the queue is not connected".to_owned());
+        }
+        self.config.not_ready.as_ref().and_then(|others| others())
     }
 
     /// The queue's answer, if it comes in time.

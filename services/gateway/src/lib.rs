@@ -28,6 +28,6 @@ mod tests;
 mod waiting;
 
 pub use auth::{Tokens, TokensError};
-pub use gateway::{Gateway, GatewayConfig, GatewayError};
+pub use gateway::{Gateway, GatewayConfig, GatewayError, NotReady};
 pub use routes::router;
 pub use serve::serve;

@@ -47,14 +47,10 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
 }
 
 async fn ready(State(gateway): State<Arc<Gateway>>) -> Response {
-    let reason = if gateway.closing.is_cancelled() {
-        "the gateway is ending"
-    } else if !gateway.queue.connected() {
-        "the queue is not connected"
-    } else {
-        return "ready\n".into_response();
-    };
-    (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}\n")).into_response()
+    match gateway.not_ready() {
+        None => "ready\n".into_response(),
+        Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}\n")).into_response(),
+    }
 }
 
 async fn unknown(request: Request) -> Problem {
