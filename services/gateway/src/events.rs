@@ -10,10 +10,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::State;
-use axum::http::HeaderMap;
-use axum::response::Sse;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::sse::{self, KeepAlive};
-use futures::Stream;
+use axum::response::{IntoResponse, Response, Sse};
+use futures::StreamExt;
 use hutch_proto::{Event, EventKind, JobId, JobResult, OutputChunk};
 
 use crate::Gateway;
@@ -26,6 +26,8 @@ use crate::problem::Problem;
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// How often the queue is asked, since events may be lost.
 const ASK: Duration = Duration::from_secs(3);
+/// The number of an end that is told to a reader who had the rest elsewhere.
+const TOLD_LAST: u64 = u32::MAX as u64;
 /// Output of a result is told in pieces of this size.
 const PIECE: usize = 64 << 10;
 
@@ -34,7 +36,7 @@ pub(crate) async fn events(
     State(gateway): State<Arc<Gateway>>,
     IdInPath(id): IdInPath,
     headers: HeaderMap,
-) -> Result<Sse<impl Stream<Item = Result<sse::Event, Infallible>>>, Problem> {
+) -> Result<Response, Problem> {
     let seen = last_seen(&headers)?;
     let listener = gateway.hub.listener(id);
     let known = view(&gateway, id).await?;
@@ -42,12 +44,17 @@ pub(crate) async fn events(
     let mut follower = Follower { gateway, id, listener, next, seen, waiting: VecDeque::new(), ended: false };
     if let Some(result) = known.result {
         follower.conclude(&result);
+        if follower.waiting.is_empty() {
+            // There is nothing more to come: by this a browser knows not to ask again.
+            return Ok(StatusCode::NO_CONTENT.into_response());
+        }
     }
     let stream = futures::stream::unfold(follower, |mut follower| async move {
         let event = follower.next().await?;
-        Some((Ok(event), follower))
+        Some((event, follower))
     });
-    Ok(Sse::new(stream).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
+    let stream = stream.map(Ok::<_, Infallible>);
+    Ok(Sse::new(stream).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response())
 }
 
 /// The attempt and number in `Last-Event-ID`.
@@ -128,6 +135,9 @@ impl Follower {
     /// Tells the end of a job whose result is there: what is kept, or else what the result says.
     fn conclude(&mut self, result: &JobResult) {
         self.read();
+        // Whoever has read to the end of what is kept has had the end already, now or before.
+        self.ended |= self.next > 0 && self.gateway.hub.has_finished(self.id);
+        self.ended |= self.seen.is_some_and(|(_, seq)| seq == TOLD_LAST);
         if self.ended {
             return;
         }
@@ -136,7 +146,7 @@ impl Follower {
                 self.tell(&event);
             }
         } else {
-            self.tell(&finished(result, u64::from(u32::MAX)));
+            self.tell(&finished(result, TOLD_LAST));
         }
     }
 

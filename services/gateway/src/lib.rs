@@ -23,8 +23,6 @@ mod page;
 mod problem;
 mod routes;
 mod serve;
-#[cfg(test)]
-mod tests;
 mod waiting;
 
 pub use auth::{Tokens, TokensError};

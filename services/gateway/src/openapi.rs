@@ -57,7 +57,7 @@ fn paths() -> Value {
         })),
         "/v1/jobs/{id}/events": job(json!({"get": with(op("Follow a job", &[header("Last-Event-ID", "the last event that was seen")], None, &[]),
             json!({"responses": {"200": {"description": "events until the job ends, each an Event with its kind as name",
-                "content": {"text/event-stream": {"schema": reference("Event")}}}}}))})),
+                "content": {"text/event-stream": {"schema": reference("Event")}}}, "204": {"description": "nothing more to come"}}}))})),
         "/v1/jobs/{id}/stdout": job(json!({"get": raw("What the job wrote to stdout, as far as it is kept", "text/plain")})),
         "/v1/jobs/{id}/stderr": job(json!({"get": raw("What the job wrote to stderr, as far as it is kept", "text/plain")})),
         "/v1/jobs/{id}/outputs": job(json!({"get": op("List the files that a job left", &[], None,

@@ -210,6 +210,7 @@ function showSoon() {
 
 async function follow(job) {
   const answer = await ask("/v1/jobs/" + job.id + "/events", { signal: job.stop.signal });
+  if (!answer.body) return;
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {

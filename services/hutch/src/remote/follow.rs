@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use futures::StreamExt;
 use hutch_proto::{Event, EventKind, JobId, OutputChunk};
-use reqwest::Method;
+use reqwest::{Method, StatusCode};
 
 use super::client::{Client, refusal};
 use super::sse::Parser;
@@ -65,6 +65,9 @@ impl Follower<'_> {
         let path = format!("/v1/jobs/{}/events", self.id);
         let headers: Vec<(&str, &str)> = self.last.iter().map(|id| ("last-event-id", id.as_str())).collect();
         let answer = self.client.send(Method::GET, &path, None, &headers).await?;
+        if answer.status() == StatusCode::NO_CONTENT {
+            return Ok(End::Finished);
+        }
         if !answer.status().is_success() {
             return Err(refusal(answer).await);
         }
