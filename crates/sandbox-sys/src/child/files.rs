@@ -41,7 +41,8 @@ impl Prefixes {
     /// Calls `visit` with every prefix that ends before a slash, then with the whole, and the place where the
     /// last part begins.
     fn each(&mut self, mut visit: impl FnMut(&CStr, usize) -> Result<()>) -> Result<()> {
-        let mut last = 0;
+        // Where the last part begins: behind a slash in front, if there is one.
+        let mut last = usize::from(self.bytes[0] == b'/');
         for end in 1..=self.length {
             if end < self.length && self.bytes[end] != b'/' {
                 continue;
@@ -71,6 +72,9 @@ pub(super) fn make_directory(root: BorrowedFd<'_>, path: &CStr, mode: u32, owner
             Err(Errno::ENOENT) => {
                 let name = prefix.to_bytes_with_nul().get(last..).ok_or(Errno::EINVAL)?;
                 let name = CStr::from_bytes_with_nul(name).map_err(|_| Errno::EINVAL)?;
+                if name.to_bytes().contains(&b'/') {
+                    return Err(Errno::EINVAL);
+                }
                 mkdirat(here.as_fd(), name, Mode::from_bits_truncate(mode))?;
                 let made = open_beneath(here.as_fd(), name, flags, 0, RESOLVE_NO_MAGICLINKS)?;
                 change_owner(made.as_fd(), owner)?;
@@ -167,4 +171,31 @@ pub(super) fn copy_part(from: BorrowedFd<'_>, offset: u64, length: u64, to: &Own
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_is_cut_at_its_slashes() {
+        for (path, wanted) in [
+            (c"/tmp", vec![("/tmp", "tmp")]),
+            (c"/a/bc/d", vec![("/a", "a"), ("/a/bc", "bc"), ("/a/bc/d", "d")]),
+            (c"a/b", vec![("a", "a"), ("a/b", "b")]),
+            (c"/", vec![]),
+        ] {
+            let mut seen = Vec::new();
+            let mut prefixes = Prefixes::of(path).expect("short");
+            prefixes
+                .each(|prefix, last| {
+                    let text = prefix.to_str().expect("text");
+                    seen.push((text.to_owned(), text[last..].to_owned()));
+                    Ok(())
+                })
+                .expect("all");
+            let seen: Vec<_> = seen.iter().map(|(prefix, name)| (prefix.as_str(), name.as_str())).collect();
+            assert_eq!(seen, wanted);
+        }
+    }
 }
