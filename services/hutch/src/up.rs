@@ -40,29 +40,35 @@ pub(crate) async fn up(
         ..gateway_config
     };
     let gateway = Arc::new(Gateway::new(Arc::clone(&queue), blobs, gateway_config, closing.clone())?);
-    let signals = signals::drain_on_end(worker.drain());
+    let drain = worker.drain();
+    let signals = signals::drain_on_end(drain.clone());
     let routes = hutch_gateway::router(Arc::clone(&gateway));
-    let serving = tokio::spawn(hutch_gateway::serve(listener, gateway, routes));
-    let working = tokio::spawn({
-        let worker = Arc::clone(&worker);
-        async move { worker.run().await }
-    });
+    let mut serving = tokio::spawn(hutch_gateway::serve(listener, gateway, routes));
+    let mut working = tokio::spawn(async move { worker.run().await });
     term::note(format!(
         "ready on http://{address} ({} slots; data in {})",
         settings.worker.slots,
         settings.data_dir.display()
     ));
     if args.demo {
-        let stop = worker.drain().stop;
         tokio::select! {
             shown = demo::show(queue.as_ref(), address) => shown?,
-            () = stop.cancelled() => {}
+            () = drain.stop.cancelled() => {}
         }
     }
-    let worked = working.await.context("the worker ended")?;
-    closing.cancel();
-    serving.await.context("the gateway ended")??;
+    let (worked, served) = tokio::select! {
+        worked = &mut working => {
+            closing.cancel();
+            (worked, serving.await)
+        }
+        served = &mut serving => {
+            drain.stop.cancel();
+            (working.await, served)
+        }
+    };
     signals.abort();
     queue.close().await;
-    worked.map(|()| ExitCode::SUCCESS).map_err(anyhow::Error::new)
+    worked.context("the worker ended")??;
+    served.context("the gateway ended")??;
+    Ok(ExitCode::SUCCESS)
 }

@@ -13,6 +13,7 @@ use reqwest::Method;
 
 use super::client::Client;
 use crate::cli::OutputsArgs;
+use crate::term::Waiting;
 use crate::{term, unpack, verdict};
 
 /// Lists them, or unpacks them.
@@ -72,12 +73,18 @@ async fn fetch(client: &Client, archive: &Archive) -> anyhow::Result<File> {
     let mut pieces = answer.bytes_stream();
     let mut file = tempfile::tempfile().context("no temporary file can be made")?;
     let mut hasher = Hasher::new();
+    let mut waiting = Waiting::new();
     while let Some(piece) = pieces.next().await {
         let piece = piece.context("the archive broke off")?;
         hasher.update(&piece);
         if hasher.bytes() > archive.bytes {
             bail!("the archive is larger than the result says");
         }
+        waiting.show(format!(
+            "fetching the archive, {} of {}",
+            verdict::size(hasher.bytes()),
+            verdict::size(archive.bytes)
+        ));
         file.write_all(&piece).context("the archive cannot be written")?;
     }
     let found = hasher.finish();
