@@ -42,9 +42,11 @@ impl Client {
     /// The gateway that these arguments name.
     pub(crate) fn new(args: &ClientArgs) -> anyhow::Result<Self> {
         let url = args.url.trim_end_matches('/').to_owned();
-        if !url.starts_with("http://") {
+        if !url.starts_with("http://") && !url.starts_with("https://") {
             bail!("--url `{url}`: an address such as http://127.0.0.1:7070 is expected");
         }
+        // Only the first call in a process sets it; all set the same.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder()
             .connect_timeout(CONNECT)
             .user_agent(concat!("hutch/", env!("CARGO_PKG_VERSION")))
