@@ -19,8 +19,6 @@ mod metrics;
 mod relay;
 mod runner;
 mod slot;
-#[cfg(test)]
-mod tests;
 mod worker;
 
 pub use config::WorkerConfig;
