@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use clap::Parser;
 use hutch_proto::{JobSpec, Status};
-use hutch_sandbox::{Engine, EngineConfig, Launcher, Order, Unobserved};
+use hutch_sandbox::{Engine, EngineConfig, Launcher, Order, Remains, Unobserved};
 use tokio_util::sync::CancellationToken;
 
 #[derive(Parser)]
@@ -46,7 +46,7 @@ impl Way {
 
     fn percentile(&self, percent: usize) -> Duration {
         let mut sorted = self.times.clone();
-        sorted.sort();
+        sorted.sort_unstable();
         let last = sorted.len().saturating_sub(1);
         sorted.get(last * percent / 100).copied().unwrap_or_default()
     }
@@ -85,29 +85,33 @@ fn main() -> anyhow::Result<()> {
 
 fn root_file_system(dir: &Path, busybox: &Path) -> anyhow::Result<PathBuf> {
     let root = dir.join("root");
-    for place in ["bin", "dev", "proc"] {
+    for place in ["bin", "dev", "etc", "proc", "tmp"] {
         std::fs::create_dir_all(root.join(place))?;
     }
+    std::fs::write(root.join("etc/passwd"), "root:x:0:0::/:/bin/sh\njob:x:1001:1001::/:/bin/sh\n")?;
+    std::fs::write(root.join("etc/group"), "root:x:0:\njob:x:1001:\n")?;
     let hint = || format!("copy {}: install the package busybox-static", busybox.display());
     std::fs::copy(busybox, root.join("bin/true")).with_context(hint)?;
     Ok(root)
 }
 
-fn timed(way: &mut Way, quiet_ms: u64, run: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+/// Times one run to its answer; what it leaves behind is taken down before the next.
+fn timed<T>(way: &mut Way, quiet_ms: u64, run: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<()> {
     std::thread::sleep(Duration::from_millis(quiet_ms));
     let begun = Instant::now();
-    run()?;
+    let remains = run()?;
     way.times.push(begun.elapsed());
+    drop(remains);
     Ok(())
 }
 
 /// Runs per second with two at a time.
-fn sustained(time: Duration, run: impl Fn(u32) -> anyhow::Result<()> + Sync) -> anyhow::Result<f64> {
+fn sustained<T>(time: Duration, run: impl Fn(u32) -> anyhow::Result<T> + Sync) -> anyhow::Result<f64> {
     let begun = Instant::now();
     let client = |slot: u32| -> anyhow::Result<u32> {
         let mut count = 0;
         while begun.elapsed() < time {
-            run(slot)?;
+            drop(run(slot)?);
             count += 1;
         }
         Ok(count)
@@ -141,14 +145,14 @@ fn run(command: &mut Command) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn job(engine: &Engine, root: &Path, slot: u32) -> anyhow::Result<()> {
+async fn job(engine: &Engine, root: &Path, slot: u32) -> anyhow::Result<Option<Remains>> {
     let spec = serde_json::json!({"layers": [format!("dir:{}", root.display())], "command": ["/bin/true"], "cwd": "/"});
     let job = JobSpec::parse(spec.to_string().as_bytes())?;
     let report = engine.run(Order { job, slot, cancel: CancellationToken::new() }, &Unobserved).await;
     if report.status != Status::Succeeded {
         bail!("{}: {}", report.status, report.message);
     }
-    Ok(())
+    Ok(report.remains)
 }
 
 fn report(ways: &[Way], args: &Args) -> anyhow::Result<()> {

@@ -5,21 +5,23 @@
 //! where the cgroups are. When the other end of its socket closes, its worker is gone: it kills
 //! every sandbox, waits until the last process is dead, removes the cgroups, and ends.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
+use nix::fcntl::{OFlag, openat};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::stat::Mode;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, setsid};
 use serde::{Deserialize, Serialize};
 
 use crate::bpf::Instruction;
 use crate::channel::Channel;
-use crate::child::Sandbox;
+use crate::child::{Sandbox, Workspace};
 use crate::plan::{IdRange, Plan};
 use crate::process::{Cloned, clone_process, exit_now, flags, forget_arguments};
 use crate::tinyroot::{self, OldRoot};
@@ -27,7 +29,7 @@ use crate::{Errno, Result, child};
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Request {
-    /// Start a sandbox; the answer's descriptor is a pidfd of its init.
+    /// Start a sandbox; the answer's descriptors are a pidfd of its init and its mount namespace.
     Start(Box<Plan>),
     /// Make a user namespace with this map; the answer's descriptor is the namespace.
     Userns(IdRange),
@@ -42,6 +44,15 @@ pub struct CgroupHome<'a> {
     pub parent: BorrowedFd<'a>,
     /// Its name there.
     pub name: &'a str,
+}
+
+/// A sandbox that was started.
+#[derive(Debug)]
+pub struct Started {
+    /// A pidfd of its init: readable when the last process of the sandbox is dead.
+    pub init: OwnedFd,
+    /// Its mount namespace: while this is held, its mounts need not be taken down.
+    pub mounts: OwnedFd,
 }
 
 /// The worker's handle on its launcher. When it is dropped, the launcher ends and every sandbox with it.
@@ -78,13 +89,16 @@ impl Launcher {
         }
     }
 
-    /// Starts a sandbox and returns a pidfd of its init. `fds` are those that the plan names.
+    /// Starts a sandbox. `fds` are those that the plan names.
     ///
     /// # Errors
     /// What clone3(2) answers; EPIPE if the launcher is gone.
-    pub fn start(&self, plan: Plan, fds: &[BorrowedFd<'_>]) -> Result<OwnedFd> {
-        let answer = self.request(Some(&Request::Start(Box::new(plan))), fds)?;
-        answer.into_iter().next().ok_or(Errno::EBADMSG)
+    pub fn start(&self, plan: Plan, fds: &[BorrowedFd<'_>]) -> Result<Started> {
+        let mut answer = self.request(Some(&Request::Start(Box::new(plan))), fds)?.into_iter();
+        match (answer.next(), answer.next()) {
+            (Some(init), Some(mounts)) => Ok(Started { init, mounts }),
+            _ => Err(Errno::EBADMSG),
+        }
     }
 
     /// A user namespace with this id map, for showing the owners of layers.
@@ -136,12 +150,17 @@ struct Service {
     filter: Vec<Instruction>,
     children: BTreeSet<libc::pid_t>,
     cgroups: Vec<(OwnedFd, String)>,
+    /// User namespaces made ahead, each for one sandbox.
+    spare: BTreeMap<u32, OwnedFd>,
+    /// Id ranges whose spare was used.
+    used: Option<IdRange>,
+    workspace: Workspace,
 }
 
 /// The launcher's life, in the forked process.
 fn serve(channel: &Channel, filter: Vec<Instruction>) -> Result<()> {
     let begun = begin(filter);
-    answer(channel, &begun.as_ref().map(|_| None).map_err(|e| *e))?;
+    answer(channel, &begun.as_ref().map(|_| Vec::new()).map_err(|e| *e))?;
     let (mut service, signals) = begun?;
     loop {
         let mut ready =
@@ -163,6 +182,7 @@ fn serve(channel: &Channel, filter: Vec<Instruction>) -> Result<()> {
                     if answer(channel, &done).is_err() {
                         break;
                     }
+                    service.make_spare();
                 }
                 Err(Errno::EINTR) => {}
                 Err(e) => answer(channel, &Err(e))?,
@@ -188,46 +208,69 @@ fn begin(filter: Vec<Instruction>) -> Result<(Service, SignalFd)> {
     watched.add(Signal::SIGCHLD);
     let signals = SignalFd::with_flags(&watched, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
     let old_root = tinyroot::enter()?;
-    Ok((Service { old_root, filter, children: BTreeSet::new(), cgroups: Vec::new() }, signals))
+    let service = Service {
+        old_root,
+        filter,
+        children: BTreeSet::new(),
+        cgroups: Vec::new(),
+        spare: BTreeMap::new(),
+        used: None,
+        workspace: Workspace::new(),
+    };
+    Ok((service, signals))
 }
 
-fn answer(channel: &Channel, done: &Result<Option<OwnedFd>>) -> Result<()> {
-    let (errno, fd) = match done {
-        Ok(fd) => (0, fd.as_ref()),
-        Err(e) => (*e as i32, None),
+fn answer(channel: &Channel, done: &Result<Vec<OwnedFd>>) -> Result<()> {
+    let (errno, fds) = match done {
+        Ok(fds) => (0, fds.iter().map(OwnedFd::as_fd).collect()),
+        Err(e) => (*e as i32, Vec::new()),
     };
     let body = postcard::to_stdvec(&errno).map_err(|_| Errno::EINVAL)?;
-    let fds: Vec<_> = fd.into_iter().map(OwnedFd::as_fd).collect();
     channel.send(&body, &fds)
 }
 
 impl Service {
-    fn perform(&mut self, body: &[u8], fds: Vec<OwnedFd>) -> Result<Option<OwnedFd>> {
+    fn perform(&mut self, body: &[u8], fds: Vec<OwnedFd>) -> Result<Vec<OwnedFd>> {
         match postcard::from_bytes(body).map_err(|_| Errno::EBADMSG)? {
-            Request::Start(plan) => self.start(&plan, &fds).map(Some),
-            Request::Userns(ids) => self.userns(ids).map(Some),
+            Request::Start(plan) => self.start(&plan, &fds),
+            Request::Userns(ids) => self.userns(ids).map(|userns| vec![userns]),
             Request::Cgroups(names) if names.len() == fds.len() => {
                 self.cgroups = fds.into_iter().zip(names).collect();
-                Ok(None)
+                Ok(Vec::new())
             }
             Request::Cgroups(_) => Err(Errno::EBADMSG),
         }
     }
 
-    fn start(&mut self, plan: &Plan, fds: &[OwnedFd]) -> Result<OwnedFd> {
-        let mut sandbox = Sandbox::new(plan, fds, &self.filter)?;
+    fn start(&mut self, plan: &Plan, fds: &[OwnedFd]) -> Result<Vec<OwnedFd>> {
+        let userns = match self.spare.remove(&plan.ids.base) {
+            Some(spare) => spare,
+            None => self.userns(plan.ids)?,
+        };
+        self.used = Some(plan.ids);
+        let mut sandbox = Sandbox::new(plan, fds, userns.as_fd(), &self.filter, &mut self.workspace)?;
         let namespaces = flags::NEWPID | flags::NEWNS | flags::NEWIPC | flags::NEWUTS;
         // SAFETY: the launcher has one thread, and `init` never returns.
         match unsafe { clone_process(namespaces, None) }? {
             Cloned::Child => child::init(&mut sandbox),
             Cloned::Parent { pid, pidfd } => {
                 self.children.insert(pid);
-                Ok(pidfd)
+                let mounts = open_namespace(self.old_root.proc_dir.as_fd(), pid, "mnt")?;
+                Ok(vec![pidfd, mounts])
             }
         }
     }
 
-    /// Clones a process for its user namespace alone, and lets it go once the namespace is held.
+    /// Makes the next sandbox's user namespace while nobody waits.
+    fn make_spare(&mut self) {
+        if let Some(ids) = self.used.take()
+            && let Ok(userns) = self.userns(ids)
+        {
+            self.spare.insert(ids.base, userns);
+        }
+    }
+
+    /// Starts a process for its user namespace alone, and lets it go once the namespace is held.
     fn userns(&mut self, ids: IdRange) -> Result<OwnedFd> {
         // SAFETY: the launcher has one thread, and the child only waits to be killed.
         match unsafe { clone_process(flags::NEWUSER, None) }? {
@@ -238,8 +281,8 @@ impl Service {
                 }
             }
             Cloned::Parent { pid, pidfd } => {
-                let namespace = child::write_id_maps(self.old_root.proc_dir.as_fd(), pid, ids)
-                    .and_then(|()| child::open_user_namespace(self.old_root.proc_dir.as_fd(), pid));
+                let namespace = write_id_maps(self.old_root.proc_dir.as_fd(), pid, ids)
+                    .and_then(|()| open_namespace(self.old_root.proc_dir.as_fd(), pid, "user"));
                 crate::process::signal(pidfd.as_fd(), libc::SIGKILL)?;
                 waitpid(Pid::from_raw(pid), None)?;
                 namespace
@@ -275,8 +318,6 @@ impl Service {
 /// Removes a directory of cgroups whose processes are dead, deepest first.
 fn remove_cgroups(parent: &OwnedFd, name: &str) {
     use nix::dir::{Dir, Type};
-    use nix::fcntl::OFlag;
-    use nix::sys::stat::Mode;
     use nix::unistd::{UnlinkatFlags, unlinkat};
     let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     if let Ok(mut dir) = Dir::openat(parent, name, flags, Mode::empty()) {
@@ -292,4 +333,22 @@ fn remove_cgroups(parent: &OwnedFd, name: &str) {
         }
     }
     let _ = unlinkat(parent.as_fd(), name, UnlinkatFlags::RemoveDir);
+}
+
+fn write_map(proc_dir: BorrowedFd<'_>, pid: libc::pid_t, name: &str, ids: IdRange) -> Result<()> {
+    let path = format!("{pid}/{name}");
+    let file = openat(proc_dir, path.as_str(), OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    let map = format!("0 {} {}\n", ids.base, ids.count);
+    nix::unistd::write(&file, map.as_bytes()).map(drop)
+}
+
+/// Writes uid_map and gid_map of a process: user_namespaces(7).
+fn write_id_maps(proc_dir: BorrowedFd<'_>, pid: libc::pid_t, ids: IdRange) -> Result<()> {
+    write_map(proc_dir, pid, "uid_map", ids)?;
+    write_map(proc_dir, pid, "gid_map", ids)
+}
+
+/// A namespace of a process.
+fn open_namespace(proc_dir: BorrowedFd<'_>, pid: libc::pid_t, kind: &str) -> Result<OwnedFd> {
+    openat(proc_dir, format!("{pid}/ns/{kind}").as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
 }

@@ -20,7 +20,7 @@ mod record;
 mod tinyroot;
 
 pub use child::user;
-pub use launcher::{CgroupHome, Launcher};
+pub use launcher::{CgroupHome, Launcher, Started};
 pub use nix::errno::Errno;
 pub use plan::{FdIndex, FileWrite, IdRange, MaskKind, Plan, Program, ProgramCgroup, Rlimit, Step};
 pub use record::{RECORD_BYTES, Record, Stage};

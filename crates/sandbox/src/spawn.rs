@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
-use hutch_sandbox_sys::{FdIndex, FileWrite, IdRange, Launcher, Plan, Program, ProgramCgroup};
+use hutch_sandbox_sys::{FdIndex, FileWrite, IdRange, Launcher, Plan, Program, ProgramCgroup, Started};
 use nix::fcntl::OFlag;
 
 use crate::cgroup::{Cgroups, Entrance, JobCgroup};
@@ -15,6 +15,8 @@ use crate::refusal::Refusal;
 pub(crate) struct Running {
     /// init; when it is dead, so is everything in the sandbox.
     pub(crate) init: OwnedFd,
+    /// Its mount namespace: while this is held, nobody waits for its mounts to be taken down.
+    pub(crate) mounts: OwnedFd,
     /// Where records come from.
     pub(crate) report: OwnedFd,
     pub(crate) stdout: OwnedFd,
@@ -45,7 +47,6 @@ pub(crate) struct Means<'a> {
     pub(crate) userns: BorrowedFd<'a>,
     pub(crate) dev_null: BorrowedFd<'a>,
     pub(crate) ids: IdRange,
-    pub(crate) slot: u32,
 }
 
 /// Starts one step of a job.
@@ -59,10 +60,9 @@ pub(crate) fn spawn(
     prepared: &Prepared,
     first: bool,
 ) -> Result<Running, Refusal> {
-    let cgroup =
-        means.cgroups.create(means.slot, &step.limits).map_err(|e| Refusal::host(with_source(&e)))?;
+    let mut cgroup = means.cgroups.take(&step.limits).map_err(|e| Refusal::host(with_source(&e)))?;
+    let out_of_memory = cgroup.take_out_of_memory();
     let entrance = cgroup.entrance().map_err(|e| Refusal::host(with_source(&e)))?;
-    let out_of_memory = cgroup.out_of_memory().map_err(|e| Refusal::host(with_source(&e)))?;
     let mounts = prepared.step_mounts(means.userns)?;
     let stdin = if step.stdin.is_empty() { None } else { Some(sealed(&[&step.stdin])?) };
     let (report, report_end) = pipe()?;
@@ -80,11 +80,13 @@ pub(crate) fn spawn(
         volumes: fds.add(mounts.volumes.iter().map(OwnedFd::as_fd)),
     };
     let payload = prepared.payload.as_ref().filter(|_| first).map(|payload| fds.add([payload.as_fd()]));
-    let program_cgroup = match &entrance {
-        Entrance::Tasks(tasks) => ProgramCgroup::Tasks(indices(&mut fds, tasks)),
+    let unified;
+    let program_cgroup = match entrance {
+        Entrance::Tasks(tasks) => ProgramCgroup::Tasks(indices(&mut fds, &tasks)),
         Entrance::Unified(dir, tasks) => {
-            let dir = fds.add([dir.as_fd()]);
-            ProgramCgroup::Unified(dir, indices(&mut fds, tasks))
+            unified = dir;
+            let dir = fds.add([unified.as_fd()]);
+            ProgramCgroup::Unified(dir, indices(&mut fds, &tasks))
         }
     };
     let plan = Plan {
@@ -108,15 +110,16 @@ pub(crate) fn spawn(
             stdio: [stdin_index, stdout_index, stderr_index],
         },
     };
-    let init = means
+    let started = means
         .launcher
         .start(plan, &fds.0)
         .map_err(|e| Refusal::host(format!("the launcher could not start a sandbox: {}", e.desc())))?;
-    Ok(Running { init, report, stdout, stderr, out_of_memory, cgroup })
+    let Started { init, mounts } = started;
+    Ok(Running { init, mounts, report, stdout, stderr, out_of_memory, cgroup })
 }
 
-fn indices<'a>(fds: &mut FdList<'a>, tasks: &'a [OwnedFd]) -> Vec<FdIndex> {
-    tasks.iter().map(|task| fds.add([task.as_fd()])).collect()
+fn indices<'a>(fds: &mut FdList<'a>, tasks: &[BorrowedFd<'a>]) -> Vec<FdIndex> {
+    tasks.iter().map(|task| fds.add([*task])).collect()
 }
 
 fn file_writes(job: &JobPlan) -> Vec<FileWrite> {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use hutch_layers::{BlobStore, StoreError};
 use hutch_proto::{Digest, JobResult, JobSpec, Reason, Status, Timestamp};
 use hutch_queue::Queue;
-use hutch_sandbox::{JobFacts, Order, Report};
+use hutch_sandbox::{JobFacts, Order, Remains, Report};
 use tokio_util::sync::CancellationToken;
 
 use crate::inputs::{self, InputError};
@@ -21,7 +21,7 @@ use crate::{Runner, WorkerConfig};
 #[derive(Debug)]
 pub(crate) enum Outcome {
     /// With a verdict on the job.
-    Verdict(Box<JobResult>),
+    Verdict(Box<JobResult>, Option<Box<Remains>>),
     /// With a fault of this host: nothing is said of the job.
     Fault {
         /// `host_error`, or what the engine called it.
@@ -80,7 +80,10 @@ impl Attempt {
             };
         }
         match keep_archive(&means, &mut report, &hurry).await {
-            Ok(()) => Outcome::Verdict(Box::new(report.into_result(facts))),
+            Ok(()) => {
+                let remains = report.remains.take().map(Box::new);
+                Outcome::Verdict(Box::new(report.into_result(facts)), remains)
+            }
             Err(error) => Outcome::fault(format!("the outputs could not be kept: {}", error.full())),
         }
     }
@@ -139,7 +142,7 @@ fn rejected(facts: JobFacts, message: String) -> Outcome {
         JobResult::without_run(facts.id, facts.labels, facts.submitted_at, Reason::SpecInvalid, message);
     result.attempt = facts.attempt;
     result.worker = facts.worker;
-    Outcome::Verdict(Box::new(result))
+    Outcome::Verdict(Box::new(result), None)
 }
 
 /// Waits between tries, longer each time, until it has waited enough.

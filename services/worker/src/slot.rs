@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use hutch_proto::{JobResult, Reason, Status};
 use hutch_queue::{Consumer, ConsumerConfig, Finished, GiveBack, Lease, QueueError};
+use hutch_sandbox::Remains;
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
@@ -123,9 +124,11 @@ impl Slot {
                 tracing::info!(slot = self.number, %id, "the worker ends, the job is given back");
                 consumer.give_back(lease, GiveBack::Unspent).await
             }
-            Ended { outcome: Outcome::Verdict(result), .. } => {
+            Ended { outcome: Outcome::Verdict(result, remains), .. } => {
                 self.health.succeeded();
-                self.finish(consumer, lease, *result).await
+                let told = self.finish(consumer, lease, *result).await;
+                take_down(remains).await;
+                told
             }
             Ended { outcome: Outcome::Fault { reason, message }, .. } => {
                 return self.fault(consumer, lease, reason, message).await;
@@ -228,6 +231,13 @@ impl Slot {
     }
 }
 
+/// Takes a job's dead sandboxes down; the slot takes no other job before.
+async fn take_down(remains: Option<Box<Remains>>) {
+    if tokio::task::spawn_blocking(move || drop(remains)).await.is_err() {
+        tracing::error!("a sandbox could not be taken down, it is left for the reaper");
+    }
+}
+
 /// What an attempt says after it was told to end at once. A verdict that it had reached by itself
 /// stands; all else was cut short, unless somebody had asked for it.
 async fn last_words(mut attempt: JoinHandle<Outcome>, asked: bool) -> Ended {
@@ -237,7 +247,7 @@ async fn last_words(mut attempt: JoinHandle<Outcome>, asked: bool) -> Ended {
     };
     let outcome = outcome_of(ended);
     let cut_short = match &outcome {
-        Outcome::Verdict(result) => result.status == Status::Cancelled && !asked,
+        Outcome::Verdict(result, _) => result.status == Status::Cancelled && !asked,
         Outcome::Fault { .. } => true,
     };
     Ended { outcome, cut_short }

@@ -43,6 +43,7 @@ fn report(status: Status, reason: Option<Reason>) -> Report {
         started_at: Some(Timestamp::now()),
         finished_at: Timestamp::now(),
         durations: Durations { setup_us: 900, ..Durations::default() },
+        remains: None,
     }
 }
 

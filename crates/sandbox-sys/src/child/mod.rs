@@ -1,9 +1,9 @@
 //! The child's side, after clone: init builds the sandbox, starts the program and reaps.
 //!
-//! In order: init leaves the network, walks the plan's steps, clones the program into a user
-//! namespace of its own, writes that namespace's id maps, gives up its own privileges, and waits. The
-//! program's process ([`program`]) enters its cgroup, writes files, becomes the user, confines itself
-//! and runs. When it ends, init says how and ends too; being pid 1 of the sandbox, it takes all
+//! In order: init leaves the network, walks the plan's steps, starts the program's process, gives up its
+//! own privileges, and waits. The program's process ([`program`]) enters its cgroup and its user
+//! namespace, writes files, becomes the user, confines itself and runs; until then it shares init's memory,
+//! and init stands still. When it ends, init says how and ends too; being pid 1 of the sandbox, it takes all
 //! that is left of it along (pid_namespaces(7)).
 //!
 //! Nothing in here allocates, locks, logs or panics.
@@ -13,49 +13,69 @@ mod program;
 mod steps;
 pub mod user;
 
-use core::fmt::Write as _;
 use std::ffi::CStr;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
-use nix::fcntl::{OFlag, openat};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
 use crate::bpf::Instruction;
-use crate::plan::{IdRange, Plan, ProgramCgroup};
+use crate::plan::{Plan, ProgramCgroup};
 use crate::process::{
-    CAP_KILL, Cloned, clone_process, close_range, exit_now, flags, keep_capabilities, monotonic_ns, prctl,
+    CAP_KILL, Stack, close_range, exit_now, keep_capabilities, monotonic_ns, prctl, start_sharing,
 };
 use crate::record::{Record, Stage};
 use crate::{Errno, Result};
 
 /// The most bytes of passwd and group that are read.
 const MAX_DATABASE: usize = 1 << 20;
+/// Stack of the program's process until exec: copying a file takes 32 KiB of it.
+const STACK_KIB: usize = 256;
+
+/// Space that every sandbox's child uses, made once; each child has a copy of its own.
+pub(crate) struct Workspace {
+    /// Bytes of a passwd or group file.
+    database: Vec<u8>,
+    /// The program's process runs on it until exec.
+    stack: Stack,
+}
+
+impl Workspace {
+    pub(crate) fn new() -> Self {
+        Self { database: vec![0; MAX_DATABASE], stack: Stack::new(STACK_KIB) }
+    }
+}
 
 /// Everything that init and the program's process will need, made before the clone.
 pub(crate) struct Sandbox<'a> {
     plan: &'a Plan,
     fds: &'a [OwnedFd],
+    userns: BorrowedFd<'a>,
     filter: &'a [Instruction],
     report: BorrowedFd<'a>,
     argv: Vec<*const libc::c_char>,
     /// The environment, with room for HOME and USER and the end.
     envp: Vec<*const libc::c_char>,
-    /// Bytes of a passwd or group file.
-    database: Vec<u8>,
+    workspace: &'a mut Workspace,
 }
 
 impl<'a> Sandbox<'a> {
-    pub(crate) fn new(plan: &'a Plan, fds: &'a [OwnedFd], filter: &'a [Instruction]) -> Result<Self> {
+    pub(crate) fn new(
+        plan: &'a Plan,
+        fds: &'a [OwnedFd],
+        userns: BorrowedFd<'a>,
+        filter: &'a [Instruction],
+        workspace: &'a mut Workspace,
+    ) -> Result<Self> {
         let report = fds.get(usize::from(plan.report)).ok_or(Errno::EBADF)?.as_fd();
         let program = &plan.program;
         let mut argv: Vec<_> = program.argv.iter().map(|text| text.as_ptr()).collect();
         argv.push(core::ptr::null());
         let mut envp: Vec<_> = program.env.iter().map(|text| text.as_ptr()).collect();
         envp.extend([core::ptr::null(); 3]);
-        Ok(Self { plan, fds, filter, report, argv, envp, database: vec![0; MAX_DATABASE] })
+        Ok(Self { plan, fds, userns, filter, report, argv, envp, workspace })
     }
 
     fn fd(&self, index: u16) -> Result<BorrowedFd<'a>> {
@@ -133,30 +153,25 @@ fn isolate_network() -> Result<()> {
     Errno::result(answer).map(drop)
 }
 
-/// Clones the program's process and maps its ids.
+/// Starts the program's process; it has become the program, or failed, when this returns.
 fn start_program(sandbox: &mut Sandbox<'_>) -> core::result::Result<Pid, Failure> {
     let cloning = Failure::at(Stage::Clone);
-    let (wait, go) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(&cloning)?;
     let cgroup = match &sandbox.plan.program.cgroup {
         ProgramCgroup::Tasks(_) => None,
         ProgramCgroup::Unified(dir, _) => Some(sandbox.fd(*dir).map_err(&cloning)?),
     };
-    // SAFETY: init has one thread, and `program::run` never returns.
-    match unsafe { clone_process(flags::NEWUSER, cgroup) }.map_err(&cloning)? {
-        Cloned::Child => {
-            drop(go);
-            program::run(sandbox, &wait)
-        }
-        Cloned::Parent { pid, .. } => {
-            let mapping = Failure::at(Stage::IdMap);
-            let root =
-                openat(nix::fcntl::AT_FDCWD, c"/proc", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
-                    .map_err(&mapping)?;
-            write_id_maps(root.as_fd(), pid, sandbox.plan.ids).map_err(&mapping)?;
-            nix::unistd::write(&go, &[0]).map_err(&mapping)?;
-            Ok(Pid::from_raw(pid))
-        }
-    }
+    let mut stack = core::mem::replace(&mut sandbox.workspace.stack, Stack::empty());
+    let argument = core::ptr::from_mut(sandbox).cast();
+    // SAFETY: init has one thread; `run_program` does not return, and writes only to the sandbox that it is given.
+    let pid = unsafe { start_sharing(0, cgroup, &mut stack, run_program, argument) };
+    core::mem::forget(stack);
+    pid.map(Pid::from_raw).map_err(&cloning)
+}
+
+extern "C" fn run_program(sandbox: *mut libc::c_void) -> ! {
+    // SAFETY: `start_program` passes a sandbox, and waits while this process uses it.
+    let sandbox = unsafe { &mut *sandbox.cast::<Sandbox<'_>>() };
+    program::run(sandbox)
 }
 
 /// init's own end of privileges: it keeps the report, and the right to signal within its namespace.
@@ -164,9 +179,9 @@ fn retire(sandbox: &Sandbox<'_>) -> Result<()> {
     let report = libc::c_uint::try_from(sandbox.report.as_raw_fd()).map_err(|_| Errno::EBADF)?;
     close_range(0, report.saturating_sub(1))?;
     close_range(report + 1, libc::c_uint::MAX)?;
-    crate::process::forbid_capabilities()?;
     crate::process::set_groups(&[])?;
     let base = sandbox.plan.ids.base;
+    prctl(libc::PR_SET_KEEPCAPS, 1, 0)?;
     crate::process::set_ids(base, base)?;
     keep_capabilities(CAP_KILL)?;
     nix::sys::prctl::set_no_new_privs()
@@ -223,26 +238,4 @@ impl core::fmt::Write for Line {
         self.length = end;
         Ok(())
     }
-}
-
-fn write_map(proc_dir: BorrowedFd<'_>, pid: libc::pid_t, name: &str, ids: IdRange) -> Result<()> {
-    let mut path = Line::new();
-    write!(path, "{pid}/{name}").map_err(|_| Errno::ENAMETOOLONG)?;
-    let mut map = Line::new();
-    writeln!(map, "0 {} {}", ids.base, ids.count).map_err(|_| Errno::ENAMETOOLONG)?;
-    let file = openat(proc_dir, path.as_cstr()?, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
-    nix::unistd::write(&file, map.as_bytes()).map(drop)
-}
-
-/// Writes uid_map and gid_map of a process: user_namespaces(7).
-pub(crate) fn write_id_maps(proc_dir: BorrowedFd<'_>, pid: libc::pid_t, ids: IdRange) -> Result<()> {
-    write_map(proc_dir, pid, "uid_map", ids)?;
-    write_map(proc_dir, pid, "gid_map", ids)
-}
-
-/// The user namespace of a process.
-pub(crate) fn open_user_namespace(proc_dir: BorrowedFd<'_>, pid: libc::pid_t) -> Result<OwnedFd> {
-    let mut path = Line::new();
-    write!(path, "{pid}/ns/user").map_err(|_| Errno::ENAMETOOLONG)?;
-    openat(proc_dir, path.as_cstr()?, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
 }

@@ -1,7 +1,6 @@
 //! The program's process, from its clone to exec.
 //!
-//! In order: cgroup and cgroup namespace; wait for the id maps; root of the sandbox, in its user
-//! namespace only; files; who the user is, with an entry and a home made where there are none; working
+//! In order: cgroup and cgroup namespace; user namespace, whose ids are mapped already, and its root there; files; who the user is, with an entry and a home made where there are none; working
 //! directory; resource limits; descriptors; user; capabilities; seccomp; exec. All capabilities it
 //! has on the way are those of its own user namespace: a bind-mounted volume of the host is as
 //! closed to it as to any stranger.
@@ -43,23 +42,16 @@ struct Identity {
 }
 
 /// Becomes the program, or says why not and ends.
-pub(super) fn run(sandbox: &mut Sandbox<'_>, wait: &OwnedFd) -> ! {
-    let Err(Failure { stage, errno, index }) = prepare_and_exec(sandbox, wait);
+pub(super) fn run(sandbox: &mut Sandbox<'_>) -> ! {
+    let Err(Failure { stage, errno, index }) = prepare_and_exec(sandbox);
     sandbox.report(Record::Failed { stage, errno: errno as i32, index });
     exit_now(127)
 }
 
-fn prepare_and_exec(
-    sandbox: &mut Sandbox<'_>,
-    wait: &OwnedFd,
-) -> core::result::Result<core::convert::Infallible, Failure> {
+fn prepare_and_exec(sandbox: &mut Sandbox<'_>) -> core::result::Result<core::convert::Infallible, Failure> {
     enter_cgroup(sandbox).map_err(Failure::at(Stage::Cgroup))?;
     let mapping = Failure::at(Stage::IdMap);
-    match nix::unistd::read(wait, &mut [0]) {
-        Ok(1) => {}
-        Ok(_) => return Err(mapping(Errno::EPIPE)),
-        Err(e) => return Err(mapping(e)),
-    }
+    nix::sched::setns(sandbox.userns, CloneFlags::CLONE_NEWUSER).map_err(&mapping)?;
     set_ids(0, 0).map_err(&mapping)?;
     let root = openat(AT_FDCWD, c"/", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(&mapping)?;
     // Who the user is may be said by the job's own files: those come first.
@@ -148,7 +140,7 @@ fn identify(sandbox: &mut Sandbox<'_>, root: BorrowedFd<'_>) -> Result<Identity>
     let program = &sandbox.plan.program;
     let key = Key::of(&program.user);
     let wanted_group = program.group.as_deref().map(Key::of);
-    let passwd = read_database(root, c"/etc/passwd", &mut sandbox.database)?;
+    let passwd = read_database(root, c"/etc/passwd", &mut sandbox.workspace.database)?;
     let ends = passwd.last().is_none_or(|byte| *byte == b'\n');
     let mut identity = match (find_user(passwd, key), key) {
         (Some(user), _) => Identity {
@@ -169,7 +161,7 @@ fn identify(sandbox: &mut Sandbox<'_>, root: BorrowedFd<'_>) -> Result<Identity>
         }
         (None, Key::Name(_)) => return Err(Errno::ENOENT),
     };
-    let group = read_database(root, c"/etc/group", &mut sandbox.database)?;
+    let group = read_database(root, c"/etc/group", &mut sandbox.workspace.database)?;
     let ends = group.last().is_none_or(|byte| *byte == b'\n');
     match wanted_group {
         Some(Key::Id(gid)) => identity.gid = gid,
