@@ -1,1 +1,3 @@
-//! End-to-end tests of hutch; see the `tests` folder of this crate.
+//! End-to-end tests of hutch; see the `tests` folder of this crate. What they share is here.
+
+pub mod broker;
