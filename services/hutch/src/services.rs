@@ -16,6 +16,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::{GatewayArgs, QueueArgs, ServeArgs, SlotArgs, WorkerArgs};
+use crate::queue::For;
 use crate::settings::{self, Flags, Settings};
 use crate::{engine, queue, signals, term};
 
@@ -49,7 +50,7 @@ pub(crate) async fn worker(
     let settings = settings::load(config, &flags)?.settings;
     let listener = listen(&settings, WORKER_ADDRESS).await?;
     let blobs = queue::store(&settings)?;
-    let queue = queue::open(&settings, &blobs).await?;
+    let queue = queue::open(&settings, &blobs, For::Worker).await?;
     let worker = build_worker(&settings, launcher, Arc::clone(&queue), blobs)?;
     let drain = worker.drain();
     let signals = signals::drain_on_end(drain.clone());
@@ -78,7 +79,7 @@ pub(crate) async fn gateway(args: GatewayArgs, config: Option<&Path>) -> anyhow:
     let gateway_config = gateway_config(&settings)?;
     let listener = listen_for_jobs(&settings, &gateway_config).await?;
     let blobs = queue::store(&settings)?;
-    let queue = queue::open(&settings, &blobs).await?;
+    let queue = queue::open(&settings, &blobs, For::Gateway).await?;
     let closing = CancellationToken::new();
     let signals = signals::cancel_on_end(closing.clone());
     let gateway = Arc::new(Gateway::new(Arc::clone(&queue), blobs, gateway_config, closing)?);

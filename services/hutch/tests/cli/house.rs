@@ -98,8 +98,14 @@ impl House {
 
     /// Starts a service and waits for the line that says it is ready.
     pub(crate) fn serve(&self, arguments: &[&str]) -> Served {
+        self.serve_with(arguments, &[])
+    }
+
+    /// The same, with these variables.
+    pub(crate) fn serve_with(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Served {
         let mut child = self
             .command(arguments)
+            .envs(variables.iter().copied())
             .args(["--listen", "127.0.0.1:0"])
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -148,6 +154,7 @@ impl Served {
 
     /// What a path answers.
     pub(crate) fn get(&self, path: &str) -> String {
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let url = format!("{}{path}", self.url);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
         runtime.block_on(async { reqwest::get(url).await.expect("answer").text().await.expect("text") })

@@ -2,6 +2,7 @@
 //! `hutch doctor` finds that none can be made.
 
 mod alone;
+mod broker;
 mod house;
 mod run;
 mod up;
