@@ -12,6 +12,7 @@ use hutch_proto::{Digest, IdError};
 use serde_json::json;
 
 use crate::Gateway;
+use crate::extract::pieces;
 use crate::outputs::foreign;
 use crate::problem::Problem;
 
@@ -22,7 +23,7 @@ pub(crate) async fn upload(State(gateway): State<Arc<Gateway>>, body: Body) -> R
     if announced > most {
         return Err(Problem::too_large(format!("a blob may have {most} bytes, this one has {announced}")));
     }
-    let stored = gateway.blobs.put_stream(body.into_data_stream(), most).await?;
+    let stored = gateway.blobs.put_stream(pieces(body), most).await?;
     let answer = json!({"blob": stored.digest, "bytes": stored.bytes});
     Ok((StatusCode::CREATED, Json(answer)).into_response())
 }

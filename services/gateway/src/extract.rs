@@ -1,11 +1,15 @@
 //! What is taken from a request, and refused as a problem where it is not as it should be.
 
 use std::collections::HashMap;
+use std::io;
+use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::rejection::PathRejection;
 use axum::extract::{FromRequestParts, Path};
 use axum::http::request::Parts;
+use futures::StreamExt;
+use futures::stream::BoxStream;
 use hutch_proto::JobId;
 
 use crate::problem::Problem;
@@ -68,16 +72,28 @@ impl Query {
     }
 }
 
+/// How long a body may pause.
+const PAUSE: Duration = Duration::from_secs(30);
+
+/// A body as it comes; one that pauses too long breaks off.
+pub(crate) fn pieces(body: Body) -> BoxStream<'static, Result<Bytes, io::Error>> {
+    tokio_stream::StreamExt::timeout(body.into_data_stream(), PAUSE)
+        .map(|piece| match piece {
+            Ok(piece) => piece.map_err(io::Error::other),
+            Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("nothing came for {PAUSE:?}"))),
+        })
+        .boxed()
+}
+
 /// The whole body, if it is not too large.
 pub(crate) async fn whole(body: Body, most: usize, instead: &str) -> Result<Vec<u8>, Problem> {
-    use axum::body::HttpBody;
     let too_large = || Problem::too_large(format!("a body may have {most} bytes here{instead}"));
     if body.size_hint().lower() > most as u64 {
         return Err(too_large());
     }
     let mut whole = Vec::new();
-    let mut stream = body.into_data_stream();
-    while let Some(piece) = futures::StreamExt::next(&mut stream).await {
+    let mut stream = pieces(body);
+    while let Some(piece) = stream.next().await {
         let piece = piece.map_err(|error| Problem::bad_request(format!("the body broke off: {error}")))?;
         if whole.len() + piece.len() > most {
             return Err(too_large());

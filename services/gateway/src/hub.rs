@@ -4,7 +4,7 @@
 //! all rings together, beyond which the job that was quiet for longest is forgotten. Readers keep an
 //! index of their own into a ring, so that a slow one costs nothing but what it misses.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hutch_proto::{Event, EventKind, JobId};
@@ -19,7 +19,9 @@ const JOB_EVENTS: usize = 4096;
 /// The most bytes that are kept for all jobs.
 const ALL_BYTES: usize = 64 << 20;
 /// What an event costs besides its output.
-const EVENT_BYTES: usize = 200;
+const EVENT_BYTES: usize = 300;
+/// What a job costs besides its events.
+const RING_BYTES: usize = 300;
 
 /// What was told of jobs lately.
 #[derive(Debug, Default)]
@@ -28,6 +30,8 @@ pub(crate) struct Hub(Mutex<State>);
 #[derive(Debug, Default)]
 struct State {
     rings: HashMap<JobId, Ring>,
+    /// The jobs by when they were last heard of, the quietest first.
+    quiet: BTreeMap<u64, JobId>,
     listeners: HashMap<JobId, watch::Sender<()>>,
     bytes: usize,
     clock: u64,
@@ -108,14 +112,7 @@ impl Hub {
     pub(crate) fn hear(&self, event: Event) {
         let id = event.id;
         let mut state = self.state();
-        state.clock += 1;
-        let clock = state.clock;
-        let ring = state.rings.entry(id).or_default();
-        let before = ring.bytes;
-        ring.push(event);
-        ring.touched = clock;
-        let after = ring.bytes;
-        state.bytes = state.bytes + after - before;
+        state.keep(event);
         while state.bytes > ALL_BYTES && state.rings.len() > 1 {
             state.forget_quietest();
         }
@@ -177,16 +174,33 @@ impl Hub {
 }
 
 impl State {
+    fn keep(&mut self, event: Event) {
+        let id = event.id;
+        self.clock += 1;
+        let ring = self.rings.entry(id).or_default();
+        let before = ring.cost();
+        self.quiet.remove(&ring.touched);
+        ring.touched = self.clock;
+        self.quiet.insert(ring.touched, id);
+        // A job's first event brings the cost of its ring along.
+        let known = if ring.events.is_empty() && ring.first == 0 { 0 } else { before };
+        ring.push(event);
+        self.bytes = self.bytes + ring.cost() - known;
+    }
+
     fn forget_quietest(&mut self) {
-        let quietest =
-            self.rings.iter().min_by_key(|(_, ring)| (!ring.finished, ring.touched)).map(|(id, _)| *id);
-        if let Some(ring) = quietest.and_then(|id| self.rings.remove(&id)) {
-            self.bytes -= ring.bytes;
+        let quietest = self.quiet.pop_first().and_then(|(_, id)| self.rings.remove(&id));
+        if let Some(ring) = quietest {
+            self.bytes -= ring.cost();
         }
     }
 }
 
 impl Ring {
+    fn cost(&self) -> usize {
+        RING_BYTES + self.bytes
+    }
+
     fn push(&mut self, event: Event) {
         self.finished |= matches!(event.kind, EventKind::Finished { .. });
         self.bytes += cost(&event);
@@ -259,7 +273,8 @@ mod tests {
         }
         let state = hub.state();
         assert!(state.bytes <= ALL_BYTES && state.rings.len() < 200);
-        assert_eq!(state.bytes, state.rings.values().map(|ring| ring.bytes).sum::<usize>());
+        assert_eq!(state.bytes, state.rings.values().map(Ring::cost).sum::<usize>());
+        assert_eq!(state.quiet.len(), state.rings.len());
     }
 
     #[tokio::test]

@@ -15,6 +15,9 @@ use hutch_queue::rabbitmq::{RabbitConfig, RabbitQueue};
 use crate::settings::{Settings, absolute};
 use crate::term::Waiting;
 
+/// How long a queue may take to close.
+const CLOSE: Duration = Duration::from_secs(10);
+
 /// The data directory, made if it is missing, and open to its owner alone.
 pub(crate) fn data_dir(settings: &Settings) -> anyhow::Result<PathBuf> {
     let directory = absolute(&settings.data_dir)?;
@@ -90,4 +93,11 @@ pub(crate) async fn embedded(settings: &Settings) -> anyhow::Result<Arc<dyn Queu
         .await
         .context("the embedded queue cannot be opened")??;
     Ok(Arc::new(queue))
+}
+
+/// Lets what is under way end, and closes; a queue that cannot be reached is not waited for long.
+pub(crate) async fn close(queue: &dyn Queue) {
+    if tokio::time::timeout(CLOSE, queue.close()).await.is_err() {
+        tracing::warn!("the queue did not close in time");
+    }
 }

@@ -66,7 +66,7 @@ pub(crate) async fn worker(
     let ended = worker.run().await;
     server.abort();
     signals.abort();
-    queue.close().await;
+    queue::close(queue.as_ref()).await;
     ended.map(|()| ExitCode::SUCCESS).map_err(anyhow::Error::new)
 }
 
@@ -87,7 +87,7 @@ pub(crate) async fn gateway(args: GatewayArgs, config: Option<&Path>) -> anyhow:
     let routes = hutch_gateway::router(Arc::clone(&gateway));
     let served = hutch_gateway::serve(listener, gateway, routes).await;
     signals.abort();
-    queue.close().await;
+    queue::close(queue.as_ref()).await;
     served.map(|()| ExitCode::SUCCESS).map_err(anyhow::Error::new)
 }
 

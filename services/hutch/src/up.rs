@@ -67,7 +67,7 @@ pub(crate) async fn up(
         }
     };
     signals.abort();
-    queue.close().await;
+    queue::close(queue.as_ref()).await;
     worked.context("the worker ended")??;
     served.context("the gateway ended")??;
     Ok(ExitCode::SUCCESS)

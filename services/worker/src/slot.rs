@@ -122,7 +122,7 @@ impl Slot {
         let told = match ended {
             Ended { cut_short: true, .. } => {
                 tracing::info!(slot = self.number, %id, "the worker ends, the job is given back");
-                consumer.give_back(lease, GiveBack::Unspent).await
+                self.answer(consumer.give_back(lease, GiveBack::Unspent)).await
             }
             Ended { outcome: Outcome::Verdict(result, remains), .. } => {
                 self.health.succeeded();
@@ -180,7 +180,7 @@ impl Slot {
         );
         // The queue needs the result whole; what the metrics need of it is small.
         let measured = measured(&result);
-        if consumer.finish(lease, result).await? == Finished::Recorded {
+        if self.answer(consumer.finish(lease, result)).await? == Finished::Recorded {
             self.metrics.answered(&queue, &measured);
         }
         Ok(())
@@ -201,13 +201,25 @@ impl Slot {
             let job = &lease.job;
             JobResult::without_run(job.id, job.labels.clone(), lease.submitted_at, reason, "")
         });
-        let told = consumer.give_back(lease, GiveBack::Failed { reason, message }).await;
+        let told = self.answer(consumer.give_back(lease, GiveBack::Failed { reason, message })).await;
         if told.is_ok() {
             self.metrics.fault(&queue, reason, last.as_ref());
         }
         self.heard(told)?;
         self.pause(pause).await;
         Ok(())
+    }
+
+    /// The queue's answer; a worker that must end at once waits for it only a little longer.
+    async fn answer<T>(&self, answer: impl Future<Output = Result<T, QueueError>>) -> Result<T, QueueError> {
+        let too_late = async {
+            self.drain.hurry.cancelled().await;
+            tokio::time::sleep(LAST_WORDS).await;
+        };
+        tokio::select! {
+            answer = answer => answer,
+            () = too_late => Err(QueueError::Unavailable("the worker ends before it answers".to_owned())),
+        }
     }
 
     /// A lease that was lost is no reason to stop.
