@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
-use nix::fcntl::{OFlag, openat};
+use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -21,9 +21,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::bpf::Instruction;
 use crate::channel::Channel;
-use crate::child::{Sandbox, Workspace};
+use crate::child::{Given, Sandbox, Workspace};
 use crate::plan::{IdRange, Plan};
 use crate::process::{Cloned, clone_process, exit_now, flags, forget_arguments};
+use crate::spare::{Nascent, Spare, open_namespace, user_namespace};
 use crate::tinyroot::{self, OldRoot};
 use crate::{Errno, Result, child};
 
@@ -51,8 +52,8 @@ pub struct CgroupHome<'a> {
 pub struct Started {
     /// A pidfd of its init: readable when the last process of the sandbox is dead.
     pub init: OwnedFd,
-    /// Its mount namespace: while this is held, its mounts need not be taken down.
-    pub mounts: OwnedFd,
+    /// Its mount namespace: while this is held, its mounts need not be taken down. None if it has ended already.
+    pub mounts: Option<OwnedFd>,
 }
 
 /// The worker's handle on its launcher. When it is dropped, the launcher ends and every sandbox with it.
@@ -96,8 +97,8 @@ impl Launcher {
     pub fn start(&self, plan: Plan, fds: &[BorrowedFd<'_>]) -> Result<Started> {
         let mut answer = self.request(Some(&Request::Start(Box::new(plan))), fds)?.into_iter();
         match (answer.next(), answer.next()) {
-            (Some(init), Some(mounts)) => Ok(Started { init, mounts }),
-            _ => Err(Errno::EBADMSG),
+            (Some(init), mounts) => Ok(Started { init, mounts }),
+            (None, _) => Err(Errno::EBADMSG),
         }
     }
 
@@ -150,9 +151,11 @@ struct Service {
     filter: Vec<Instruction>,
     children: BTreeSet<libc::pid_t>,
     cgroups: Vec<(OwnedFd, String)>,
-    /// User namespaces made ahead, each for one sandbox.
-    spare: BTreeMap<u32, OwnedFd>,
-    /// Id ranges whose spare was used.
+    /// Namespaces made ahead, by the base of their ids.
+    spares: BTreeMap<u32, Spare>,
+    /// Those that are being made.
+    nascent: Vec<Nascent>,
+    /// The ids whose spare was just used.
     used: Option<IdRange>,
     workspace: Workspace,
 }
@@ -163,13 +166,9 @@ fn serve(channel: &Channel, filter: Vec<Instruction>) -> Result<()> {
     answer(channel, &begun.as_ref().map(|_| Vec::new()).map_err(|e| *e))?;
     let (mut service, signals) = begun?;
     loop {
-        let mut ready =
-            [PollFd::new(channel.fd(), PollFlags::POLLIN), PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut ready, PollTimeout::NONE) {
-            Err(Errno::EINTR) => continue,
-            other => other?,
-        };
-        let [asked, child_ended] = ready.map(|fd| fd.any().unwrap_or(true));
+        let [asked, child_ended, nascent @ ..] = &service.wait(channel, &signals)?[..] else { continue };
+        let (asked, child_ended) = (*asked, *child_ended);
+        service.take_spares(nascent);
         if child_ended {
             while matches!(signals.read_signal(), Ok(Some(_))) {}
             service.reap();
@@ -182,7 +181,7 @@ fn serve(channel: &Channel, filter: Vec<Instruction>) -> Result<()> {
                     if answer(channel, &done).is_err() {
                         break;
                     }
-                    service.make_spare();
+                    service.begin_spare();
                 }
                 Err(Errno::EINTR) => {}
                 Err(e) => answer(channel, &Err(e))?,
@@ -213,7 +212,8 @@ fn begin(filter: Vec<Instruction>) -> Result<(Service, SignalFd)> {
         filter,
         children: BTreeSet::new(),
         cgroups: Vec::new(),
-        spare: BTreeMap::new(),
+        spares: BTreeMap::new(),
+        nascent: Vec::new(),
         used: None,
         workspace: Workspace::new(),
     };
@@ -230,10 +230,22 @@ fn answer(channel: &Channel, done: &Result<Vec<OwnedFd>>) -> Result<()> {
 }
 
 impl Service {
+    /// Waits for the socket, the signals and the nascent spares, and says which of them are ready; nothing if interrupted.
+    fn wait(&self, channel: &Channel, signals: &SignalFd) -> Result<Vec<bool>> {
+        let fds = [channel.fd(), signals.as_fd()].into_iter().chain(self.nascent.iter().map(Nascent::ready));
+        let mut ready: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        match poll(&mut ready, PollTimeout::NONE) {
+            Err(Errno::EINTR) => Ok(Vec::new()),
+            other => other.map(|_| ready.iter().map(|fd| fd.any().unwrap_or(true)).collect()),
+        }
+    }
+
     fn perform(&mut self, body: &[u8], fds: Vec<OwnedFd>) -> Result<Vec<OwnedFd>> {
         match postcard::from_bytes(body).map_err(|_| Errno::EBADMSG)? {
             Request::Start(plan) => self.start(&plan, &fds),
-            Request::Userns(ids) => self.userns(ids).map(|userns| vec![userns]),
+            Request::Userns(ids) => {
+                user_namespace(self.old_root.proc_dir.as_fd(), ids).map(|userns| vec![userns])
+            }
             Request::Cgroups(names) if names.len() == fds.len() => {
                 self.cgroups = fds.into_iter().zip(names).collect();
                 Ok(Vec::new())
@@ -243,49 +255,43 @@ impl Service {
     }
 
     fn start(&mut self, plan: &Plan, fds: &[OwnedFd]) -> Result<Vec<OwnedFd>> {
-        let userns = match self.spare.remove(&plan.ids.base) {
-            Some(spare) => spare,
-            None => self.userns(plan.ids)?,
+        let (userns, network) = match self.spares.remove(&plan.ids.base) {
+            Some(Spare { userns, network }) => (userns, Some(network)),
+            None => (user_namespace(self.old_root.proc_dir.as_fd(), plan.ids)?, None),
         };
         self.used = Some(plan.ids);
-        let mut sandbox = Sandbox::new(plan, fds, userns.as_fd(), &self.filter, &mut self.workspace)?;
+        let given = Given { fds, userns: userns.as_fd(), network: network.as_ref().map(OwnedFd::as_fd) };
+        let mut sandbox = Sandbox::new(plan, given, &self.filter, &mut self.workspace)?;
         let namespaces = flags::NEWPID | flags::NEWNS | flags::NEWIPC | flags::NEWUTS;
         // SAFETY: the launcher has one thread, and `init` never returns.
         match unsafe { clone_process(namespaces, None) }? {
             Cloned::Child => child::init(&mut sandbox),
             Cloned::Parent { pid, pidfd } => {
                 self.children.insert(pid);
-                let mounts = open_namespace(self.old_root.proc_dir.as_fd(), pid, "mnt")?;
-                Ok(vec![pidfd, mounts])
+                // It may have come to its end by now.
+                let mounts = open_namespace(self.old_root.proc_dir.as_fd(), pid, "mnt").ok();
+                Ok([pidfd].into_iter().chain(mounts).collect())
             }
         }
     }
 
-    /// Makes the next sandbox's user namespace while nobody waits.
-    fn make_spare(&mut self) {
+    /// Begins with the next sandbox's namespaces while nobody waits.
+    fn begin_spare(&mut self) {
         if let Some(ids) = self.used.take()
-            && let Ok(userns) = self.userns(ids)
+            && let Ok(nascent) = Nascent::begin(ids)
         {
-            self.spare.insert(ids.base, userns);
+            self.nascent.push(nascent);
         }
     }
 
-    /// Starts a process for its user namespace alone, and lets it go once the namespace is held.
-    fn userns(&mut self, ids: IdRange) -> Result<OwnedFd> {
-        // SAFETY: the launcher has one thread, and the child only waits to be killed.
-        match unsafe { clone_process(flags::NEWUSER, None) }? {
-            Cloned::Child => {
-                let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
-                loop {
-                    nix::unistd::pause();
-                }
-            }
-            Cloned::Parent { pid, pidfd } => {
-                let namespace = write_id_maps(self.old_root.proc_dir.as_fd(), pid, ids)
-                    .and_then(|()| open_namespace(self.old_root.proc_dir.as_fd(), pid, "user"));
-                crate::process::signal(pidfd.as_fd(), libc::SIGKILL)?;
-                waitpid(Pid::from_raw(pid), None)?;
-                namespace
+    /// Takes the spares that are made. One that failed is made again when it is needed, and the failure is seen then.
+    fn take_spares(&mut self, ready: &[bool]) {
+        let mut ready = ready.iter();
+        let made: Vec<_> = self.nascent.extract_if(.., |_| ready.next() == Some(&true)).collect();
+        for nascent in made {
+            let base = nascent.ids.base;
+            if let Ok(spare) = nascent.finish(self.old_root.proc_dir.as_fd()) {
+                self.spares.insert(base, spare);
             }
         }
     }
@@ -333,22 +339,4 @@ fn remove_cgroups(parent: &OwnedFd, name: &str) {
         }
     }
     let _ = unlinkat(parent.as_fd(), name, UnlinkatFlags::RemoveDir);
-}
-
-fn write_map(proc_dir: BorrowedFd<'_>, pid: libc::pid_t, name: &str, ids: IdRange) -> Result<()> {
-    let path = format!("{pid}/{name}");
-    let file = openat(proc_dir, path.as_str(), OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
-    let map = format!("0 {} {}\n", ids.base, ids.count);
-    nix::unistd::write(&file, map.as_bytes()).map(drop)
-}
-
-/// Writes uid_map and gid_map of a process: user_namespaces(7).
-fn write_id_maps(proc_dir: BorrowedFd<'_>, pid: libc::pid_t, ids: IdRange) -> Result<()> {
-    write_map(proc_dir, pid, "uid_map", ids)?;
-    write_map(proc_dir, pid, "gid_map", ids)
-}
-
-/// A namespace of a process.
-fn open_namespace(proc_dir: BorrowedFd<'_>, pid: libc::pid_t, kind: &str) -> Result<OwnedFd> {
-    openat(proc_dir, format!("{pid}/ns/{kind}").as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
 }

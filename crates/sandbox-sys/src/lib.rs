@@ -17,6 +17,7 @@ pub mod mount;
 mod plan;
 pub mod process;
 mod record;
+mod spare;
 mod tinyroot;
 
 pub use child::user;

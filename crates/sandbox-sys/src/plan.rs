@@ -85,8 +85,8 @@ pub enum Step {
     Proc,
     /// Hides or write-protects a path of `/proc` if it is there.
     Mask {
-        /// The path, in the sandbox.
-        inside: CString,
+        /// The path, below `/proc`.
+        name: CString,
         /// How.
         kind: MaskKind,
     },

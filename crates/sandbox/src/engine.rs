@@ -384,7 +384,7 @@ impl Course {
         };
         let (cgroup, mounts) = exited.remains;
         self.remains.cgroups.push(cgroup);
-        self.remains.mounts.push(mounts);
+        self.remains.mounts.extend(mounts);
         let out_of_memory = exited.readings.oom_kills > 0;
         let verdict = match exited.records.failed {
             Some(record) if !out_of_memory && exited.cause.is_none() => failure::explain(record, plan, step)?,

@@ -10,29 +10,29 @@ use nix::sys::resource::{Resource, getrlimit};
 /// Paths of /proc that tell of the host or reach into it: the lists of the OCI runtimes, and those of
 /// the kernel's symbols and messages.
 const MASKS: &[(&str, MaskKind)] = &[
-    ("/proc/acpi", MaskKind::Directory),
-    ("/proc/asound", MaskKind::Directory),
-    ("/proc/interrupts", MaskKind::File),
-    ("/proc/kallsyms", MaskKind::File),
-    ("/proc/kcore", MaskKind::File),
-    ("/proc/keys", MaskKind::File),
-    ("/proc/key-users", MaskKind::File),
-    ("/proc/kmsg", MaskKind::File),
-    ("/proc/latency_stats", MaskKind::File),
-    ("/proc/sched_debug", MaskKind::File),
-    ("/proc/scsi", MaskKind::Directory),
-    ("/proc/timer_list", MaskKind::File),
-    ("/proc/timer_stats", MaskKind::File),
-    ("/proc/bus", MaskKind::ReadOnly),
-    ("/proc/fs", MaskKind::ReadOnly),
-    ("/proc/irq", MaskKind::ReadOnly),
-    ("/proc/sys", MaskKind::ReadOnly),
-    ("/proc/sysrq-trigger", MaskKind::ReadOnly),
+    ("acpi", MaskKind::Directory),
+    ("asound", MaskKind::Directory),
+    ("interrupts", MaskKind::File),
+    ("kallsyms", MaskKind::File),
+    ("kcore", MaskKind::File),
+    ("keys", MaskKind::File),
+    ("key-users", MaskKind::File),
+    ("kmsg", MaskKind::File),
+    ("latency_stats", MaskKind::File),
+    ("sched_debug", MaskKind::File),
+    ("scsi", MaskKind::Directory),
+    ("timer_list", MaskKind::File),
+    ("timer_stats", MaskKind::File),
+    ("bus", MaskKind::ReadOnly),
+    ("fs", MaskKind::ReadOnly),
+    ("irq", MaskKind::ReadOnly),
+    ("sys", MaskKind::ReadOnly),
+    ("sysrq-trigger", MaskKind::ReadOnly),
 ];
 
 /// The masks for what this kernel's /proc has.
 pub(crate) fn masks() -> Vec<(&'static str, MaskKind)> {
-    MASKS.iter().copied().filter(|(path, _)| Path::new(path).exists()).collect()
+    MASKS.iter().copied().filter(|(path, _)| Path::new("/proc").join(path).exists()).collect()
 }
 
 /// The most open files that this process may allow: RLIMIT_NOFILE.

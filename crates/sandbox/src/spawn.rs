@@ -16,7 +16,7 @@ pub(crate) struct Running {
     /// init; when it is dead, so is everything in the sandbox.
     pub(crate) init: OwnedFd,
     /// Its mount namespace: while this is held, nobody waits for its mounts to be taken down.
-    pub(crate) mounts: OwnedFd,
+    pub(crate) mounts: Option<OwnedFd>,
     /// Where records come from.
     pub(crate) report: OwnedFd,
     pub(crate) stdout: OwnedFd,

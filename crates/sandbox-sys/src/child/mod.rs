@@ -48,11 +48,21 @@ impl Workspace {
     }
 }
 
+/// The descriptors that a sandbox is given.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Given<'a> {
+    /// Those that the plan names.
+    pub(crate) fds: &'a [OwnedFd],
+    /// The program's user namespace, its ids mapped.
+    pub(crate) userns: BorrowedFd<'a>,
+    /// A network namespace made ahead; without it, init makes one.
+    pub(crate) network: Option<BorrowedFd<'a>>,
+}
+
 /// Everything that init and the program's process will need, made before the clone.
 pub(crate) struct Sandbox<'a> {
     plan: &'a Plan,
-    fds: &'a [OwnedFd],
-    userns: BorrowedFd<'a>,
+    given: Given<'a>,
     filter: &'a [Instruction],
     report: BorrowedFd<'a>,
     argv: Vec<*const libc::c_char>,
@@ -64,22 +74,21 @@ pub(crate) struct Sandbox<'a> {
 impl<'a> Sandbox<'a> {
     pub(crate) fn new(
         plan: &'a Plan,
-        fds: &'a [OwnedFd],
-        userns: BorrowedFd<'a>,
+        given: Given<'a>,
         filter: &'a [Instruction],
         workspace: &'a mut Workspace,
     ) -> Result<Self> {
-        let report = fds.get(usize::from(plan.report)).ok_or(Errno::EBADF)?.as_fd();
+        let report = given.fds.get(usize::from(plan.report)).ok_or(Errno::EBADF)?.as_fd();
         let program = &plan.program;
         let mut argv: Vec<_> = program.argv.iter().map(|text| text.as_ptr()).collect();
         argv.push(core::ptr::null());
         let mut envp: Vec<_> = program.env.iter().map(|text| text.as_ptr()).collect();
         envp.extend([core::ptr::null(); 3]);
-        Ok(Self { plan, fds, userns, filter, report, argv, envp, workspace })
+        Ok(Self { plan, given, filter, report, argv, envp, workspace })
     }
 
     fn fd(&self, index: u16) -> Result<BorrowedFd<'a>> {
-        self.fds.get(usize::from(index)).map(OwnedFd::as_fd).ok_or(Errno::EBADF)
+        self.given.fds.get(usize::from(index)).map(OwnedFd::as_fd).ok_or(Errno::EBADF)
     }
 
     fn report(&self, record: Record) {
@@ -126,7 +135,11 @@ fn start(sandbox: &mut Sandbox<'_>) -> core::result::Result<Pid, Failure> {
     mask.add(Signal::SIGTERM);
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&mask), None).map_err(&launch)?;
     nix::sys::stat::umask(Mode::empty());
-    isolate_network().map_err(Failure::at(Stage::Network))?;
+    match sandbox.given.network {
+        Some(made) => nix::sched::setns(made, CloneFlags::CLONE_NEWNET),
+        None => isolate_network(),
+    }
+    .map_err(Failure::at(Stage::Network))?;
     nix::unistd::sethostname(sandbox.plan.hostname.as_str()).map_err(&launch)?;
     steps::walk(sandbox)?;
     let program = start_program(sandbox)?;
@@ -135,7 +148,7 @@ fn start(sandbox: &mut Sandbox<'_>) -> core::result::Result<Pid, Failure> {
 }
 
 /// A new network namespace with loopback up and nothing else: netdevice(7).
-fn isolate_network() -> Result<()> {
+pub(crate) fn isolate_network() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNET)?;
     // SAFETY: socket(2) takes integers only.
     let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };

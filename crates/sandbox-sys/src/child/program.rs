@@ -51,7 +51,7 @@ pub(super) fn run(sandbox: &mut Sandbox<'_>) -> ! {
 fn prepare_and_exec(sandbox: &mut Sandbox<'_>) -> core::result::Result<core::convert::Infallible, Failure> {
     enter_cgroup(sandbox).map_err(Failure::at(Stage::Cgroup))?;
     let mapping = Failure::at(Stage::IdMap);
-    nix::sched::setns(sandbox.userns, CloneFlags::CLONE_NEWUSER).map_err(&mapping)?;
+    nix::sched::setns(sandbox.given.userns, CloneFlags::CLONE_NEWUSER).map_err(&mapping)?;
     set_ids(0, 0).map_err(&mapping)?;
     let root = openat(AT_FDCWD, c"/", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(&mapping)?;
     // Who the user is may be said by the job's own files: those come first.

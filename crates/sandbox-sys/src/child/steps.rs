@@ -22,6 +22,8 @@ struct Site<'a> {
     sandbox: &'a Sandbox<'a>,
     /// The sandbox's root, once its overlay is there.
     root: Option<OwnedFd>,
+    /// The sandbox's own /proc, once it is there.
+    proc_mount: Option<OwnedFd>,
     /// The sandbox's uid 0, as the host sees it.
     owner: Owner,
 }
@@ -29,7 +31,7 @@ struct Site<'a> {
 /// Walks all steps; a failure names the step.
 pub(super) fn walk(sandbox: &Sandbox<'_>) -> core::result::Result<(), Failure> {
     let base = sandbox.plan.ids.base;
-    let mut site = Site { sandbox, root: None, owner: Owner { uid: base, gid: base } };
+    let mut site = Site { sandbox, root: None, proc_mount: None, owner: Owner { uid: base, gid: base } };
     for (index, step) in sandbox.plan.steps.iter().enumerate() {
         site.perform(step).map_err(|errno| match step {
             Step::Volume { index, .. } => Failure { stage: Stage::Volume, errno, index: *index },
@@ -61,9 +63,11 @@ impl Site<'_> {
             Step::Proc => {
                 let mount = NewFilesystem::open(c"proc")?.mount(NOSUID | NODEV | NOEXEC)?;
                 let place = self.own_directory(c"proc")?;
-                attach(mount.as_fd(), place.as_fd(), c"")
+                attach(mount.as_fd(), place.as_fd(), c"")?;
+                self.proc_mount = Some(mount);
+                Ok(())
             }
-            Step::Mask { inside, kind } => self.mask(inside, *kind),
+            Step::Mask { name, kind } => self.mask(name, *kind),
             Step::Pivot => self.pivot(),
         }
     }
@@ -90,6 +94,8 @@ impl Site<'_> {
     ) -> Result<()> {
         let overlay = NewFilesystem::open(c"overlay")?;
         overlay.set(c"source", c"hutch")?;
+        // An id of its own for each file system costs an xattr; kernels before 6.6 do not have the choice.
+        let _ = overlay.set(c"uuid", c"null");
         for lower in lowers {
             overlay.set(c"lowerdir+", lower)?;
         }
@@ -124,20 +130,25 @@ impl Site<'_> {
         attach(terminals.as_fd(), place.as_fd(), c"")
     }
 
-    fn mask(&self, inside: &CStr, kind: MaskKind) -> Result<()> {
-        let place = match open_beneath(self.root()?, inside, libc::O_PATH | libc::O_NOFOLLOW, 0, RESOLVE) {
-            Err(Errno::ENOENT) => return Ok(()),
-            other => other?,
-        };
+    /// Covers a path of the sandbox's own /proc, of which no layer has a say.
+    fn mask(&self, name: &CStr, kind: MaskKind) -> Result<()> {
+        let proc_mount = self.proc_mount.as_ref().map(OwnedFd::as_fd).ok_or(Errno::ENOTDIR)?;
         let cover = match kind {
-            MaskKind::File => clone_tree(AT_FDCWD, c"/dev/null")?,
-            MaskKind::Directory => clone_tree(AT_FDCWD, c"/e")?,
-            MaskKind::ReadOnly => clone_tree(place.as_fd(), c"")?,
+            MaskKind::File => clone_tree(AT_FDCWD, c"/dev/null"),
+            MaskKind::Directory => clone_tree(AT_FDCWD, c"/e"),
+            MaskKind::ReadOnly => clone_tree(proc_mount, name),
+        };
+        let cover = match cover {
+            Err(Errno::ENOENT) if kind == MaskKind::ReadOnly => return Ok(()),
+            other => other?,
         };
         if kind != MaskKind::File {
             restrict(cover.as_fd(), RDONLY | NOSUID | NODEV | NOEXEC)?;
         }
-        attach(cover.as_fd(), place.as_fd(), c"")
+        match attach(cover.as_fd(), proc_mount, name) {
+            Err(Errno::ENOENT) => Ok(()),
+            other => other,
+        }
     }
 
     /// Stacks the old root on the new one and lets it go: pivot_root(2), the last example of its notes.

@@ -15,7 +15,7 @@ pub(crate) struct MountPlan {
     pub(crate) trees: Vec<(String, Vec<usize>)>,
     /// Where volumes go.
     pub(crate) targets: Vec<String>,
-    /// Which paths of /proc there are to mask.
+    /// Which paths below /proc there are to mask.
     pub(crate) masks: Vec<(&'static str, MaskKind)>,
 }
 
@@ -81,7 +81,7 @@ pub(crate) fn steps(plan: &MountPlan, slots: Slots) -> Vec<Step> {
     }
     steps.push(Step::Proc);
     for (masked, kind) in &plan.masks {
-        steps.push(Step::Mask { inside: path((*masked).to_owned()), kind: *kind });
+        steps.push(Step::Mask { name: path((*masked).to_owned()), kind: *kind });
     }
     steps.push(Step::Pivot);
     steps
