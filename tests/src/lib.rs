@@ -1,3 +1,4 @@
 //! End-to-end tests of hutch; see the `tests` folder of this crate. What they share is here.
 
 pub mod broker;
+pub mod proxy;

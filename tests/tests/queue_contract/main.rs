@@ -5,7 +5,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod amqp;
 mod embedded;
 mod home;
 mod rabbitmq;
+mod rabbitmq_faults;
 mod suite;

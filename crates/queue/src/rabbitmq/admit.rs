@@ -8,11 +8,12 @@
 use std::time::Duration;
 
 use hutch_proto::{JobId, JobResult, JobSpec, Reason, SpecError, Timestamp};
+use lapin::message::Delivery;
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
-use super::core::{Core, Hold};
-use super::message::Parcel;
+use super::core::{Core, Hold, nack};
+use super::message::{Parcel, message_id};
 use super::records::{Ledger, Record};
 use super::topology::{DELIVERY_LIMIT, PLAIN_PRIORITY, Source};
 use crate::{Lease, QueueError, Token};
@@ -36,8 +37,22 @@ pub(super) struct Job {
 pub(super) enum Admitted {
     /// A job to run.
     Run(Box<Job>),
-    /// Something that is settled, or that another slot settles.
-    Settled,
+    /// Something that is settled; these messages of it may now be acknowledged.
+    Settled(Vec<Parcel>),
+}
+
+/// How a job ends that no program decided over.
+pub(super) struct Ending<'a> {
+    pub(super) reason: Reason,
+    pub(super) message: String,
+    pub(super) attempt: u32,
+    pub(super) worker: &'a str,
+}
+
+impl Ending<'static> {
+    fn untried(reason: Reason, message: &str) -> Self {
+        Self { reason, message: message.to_owned(), attempt: 0, worker: "" }
+    }
 }
 
 /// What a message says of its way here.
@@ -67,7 +82,7 @@ enum Seen {
 
 fn read(parcel: &Parcel) -> Seen {
     let peek = serde_json::from_slice::<Peek>(&parcel.delivery.data).ok();
-    let id = id_of(parcel);
+    let id = id_of(&parcel.delivery);
     let mut spec = match JobSpec::parse(&parcel.delivery.data) {
         Ok(spec) => spec,
         Err(why) => return Seen::Wrong { id, why },
@@ -100,8 +115,7 @@ impl Core {
         let (spec, named) = match read(&parcel) {
             Seen::Job { spec, named } => (spec, named),
             Seen::Wrong { id, why } => {
-                self.refuse(parcel, id, &why, gone).await?;
-                return Ok(Admitted::Settled);
+                return self.refuse(parcel, id, &why, gone).await.map(Admitted::Settled);
             }
         };
         let worn = parcel.delivery_count() + RENEW_BEFORE >= DELIVERY_LIMIT;
@@ -109,8 +123,10 @@ impl Core {
         if !named || worn || sunk {
             let band = if named { parcel.source.band } else { Some(spec.priority) };
             let band = if sunk { Some(spec.priority) } else { band };
-            self.mend(&parcel, Source { queue: spec.queue.clone(), band }, spec.id, gone).await?;
-            return Ok(Admitted::Settled);
+            let to = Source { queue: spec.queue.clone(), band };
+            let copy = parcel.moved_to(&to, spec.id);
+            self.insist(gone, || self.publish_job(&copy, &to)).await?;
+            return Ok(Admitted::Settled(vec![parcel]));
         }
         self.admit_job(parcel, *spec, gone).await
     }
@@ -124,13 +140,26 @@ impl Core {
         let id = spec.id;
         let (came_before, submitted_at) = (parcel.came_before(), parcel.submitted_at());
         let returned = parcel.delivery_count().max(u32::from(parcel.delivery.redelivered));
-        let Hold::Taken { token, wanted_off } = self.hold(id, parcel) else { return Ok(Admitted::Settled) };
+        let Hold::Taken { token, wanted_off } = self.hold(id, parcel) else {
+            return Ok(Admitted::Settled(Vec::new()));
+        };
         let arrival = Arrival { came_before, returned, submitted_at, token, wanted_off };
         let admitted = self.admit_held(spec, arrival, gone).await;
         if admitted.is_err() {
-            self.put_back(id, token).await;
+            self.let_fall(id, token).await;
         }
         admitted
+    }
+
+    /// Forgets a job over which it could not be decided. Its message goes back when the slot closes its
+    /// channel, as it does after any error: put back before that, it would make room for another.
+    async fn let_fall(&self, id: JobId, token: u64) {
+        if let Err(e) = self.records.note_unspent(id).await {
+            tracing::warn!(job = %id, error = %e, "a job that was not tried has lost an attempt");
+        }
+        for joined in self.take_out(id, token).into_iter().skip(1) {
+            nack(&joined).await;
+        }
     }
 
     async fn admit_held(
@@ -147,8 +176,11 @@ impl Core {
             Ledger::default()
         };
         let number = ledger.started.max(returned) + 1;
-        eprintln!("DBG number {number} returned {returned} {ledger:?}");
-        if came_before || spec.expires_in_ms.is_some() {
+        let attempt = number.saturating_sub(ledger.unspent).max(1);
+        // Beyond the last attempt, but the last delivery was never tried: then this is the last attempt.
+        let out = attempt > spec.max_attempts && ledger.started + 1 == number;
+        let attempt = attempt.min(spec.max_attempts);
+        if came_before || spec.expires_in_ms.is_some() || attempt == spec.max_attempts {
             self.mark_litter(id);
             self.insist(gone, || self.records.note_started(id, number)).await?;
         }
@@ -158,23 +190,20 @@ impl Core {
             self.insist(gone, || self.records.is_cancelled(id)),
         )?;
         if let Some(there) = there {
-            self.conclude(there, &queue, gone).await?;
-            return Ok(Admitted::Settled);
+            return self.conclude(there, &queue, gone).await.map(|(_, done)| Admitted::Settled(done));
         }
-        let attempt = number.saturating_sub(ledger.unspent).max(1);
         let ending = if cancelled {
             self.mark_litter(id);
-            Some((Reason::Requested, "cancelled as asked".to_owned(), 0))
+            Some(Ending::untried(Reason::Requested, "cancelled as asked"))
         } else if is_over(&spec, submitted_at) {
-            Some((Reason::Expired, "not started within expires_in_ms".to_owned(), 0))
-        } else if attempt > spec.max_attempts {
+            Some(Ending::untried(Reason::Expired, "not started within expires_in_ms"))
+        } else if out {
             self.last_words(id, number, &ledger, &spec, gone).await?
         } else {
             None
         };
-        if let Some((reason, message, attempts)) = ending {
-            self.settle(&spec, submitted_at, attempts, reason, message, "", gone).await?;
-            return Ok(Admitted::Settled);
+        if let Some(ending) = ending {
+            return self.settle(&spec, submitted_at, ending, gone).await.map(Admitted::Settled);
         }
         self.sequences.begin(id, attempt);
         let lease = Lease { job: spec, attempt, submitted_at, token: Token(token) };
@@ -183,17 +212,14 @@ impl Core {
 
     /// Settles a job that is in hand and that no program decided over; with a dead letter where its
     /// attempts ran out.
-    #[expect(clippy::too_many_arguments, reason = "the parts of a result")]
     pub(super) async fn settle(
         &self,
         spec: &JobSpec,
         submitted_at: Timestamp,
-        attempt: u32,
-        reason: Reason,
-        message: String,
-        worker: &str,
+        ending: Ending<'_>,
         gone: &CancellationToken,
-    ) -> Result<(), QueueError> {
+    ) -> Result<Vec<Parcel>, QueueError> {
+        let Ending { reason, message, attempt, worker } = ending;
         if matches!(reason, Reason::WorkerLost | Reason::HostError) {
             let text = format!("{reason}: {message}");
             let letter = self
@@ -207,7 +233,7 @@ impl Core {
         let mut result = JobResult::without_run(spec.id, spec.labels.clone(), submitted_at, reason, message);
         result.attempt = attempt;
         worker.clone_into(&mut result.worker);
-        self.conclude(Record::new(result)?, &spec.queue, gone).await.map(drop)
+        self.conclude(Record::new(result)?, &spec.queue, gone).await.map(|(_, done)| done)
     }
 
     /// Why a job whose attempts are spent ends; none if it turns out that they are not.
@@ -221,12 +247,12 @@ impl Core {
         ledger: &Ledger,
         spec: &JobSpec,
         gone: &CancellationToken,
-    ) -> Result<Option<(Reason, String, u32)>, QueueError> {
+    ) -> Result<Option<Ending<'static>>, QueueError> {
         let most = spec.max_attempts;
         let failure = self.insist(gone, || self.records.failure_of(ledger, number - 1)).await?;
         if let Some(failure) = failure {
             let message = format!("attempt {most} of {most}: {}", failure.message);
-            return Ok(Some((failure.reason, message, most)));
+            return Ok(Some(Ending { reason: failure.reason, message, attempt: most, worker: "" }));
         }
         let patience = tokio::time::Instant::now() + self.lost_grace;
         while tokio::time::Instant::now() < patience {
@@ -244,7 +270,7 @@ impl Core {
             }
         }
         let message = format!("attempt {most} of {most}: its worker was lost and said nothing");
-        Ok(Some((Reason::WorkerLost, message, most)))
+        Ok(Some(Ending { reason: Reason::WorkerLost, message, attempt: most, worker: "" }))
     }
 
     /// Keeps what is no job among the dead letters; answers where an id is known.
@@ -254,37 +280,20 @@ impl Core {
         id: Option<JobId>,
         why: &SpecError,
         gone: &CancellationToken,
-    ) -> Result<(), QueueError> {
+    ) -> Result<Vec<Parcel>, QueueError> {
         tracing::warn!(queue = parcel.source.key(), job = ?id, why = %why, "a message is no job");
         let letter = parcel.dead(id, &format!("{}: {why}", Reason::SpecInvalid));
         self.insist(gone, || async { Ok(self.publisher.publish(&letter).await?) }).await?;
-        let Some(id) = id else {
-            super::core::ack(&parcel).await;
-            return Ok(());
-        };
+        let Some(id) = id else { return Ok(vec![parcel]) };
         let (queue, submitted_at) = (parcel.source.queue.clone(), parcel.submitted_at());
-        let Hold::Taken { token, .. } = self.hold(id, parcel) else { return Ok(()) };
+        let Hold::Taken { token, .. } = self.hold(id, parcel) else { return Ok(Vec::new()) };
         let labels = std::collections::BTreeMap::new();
         let result = JobResult::without_run(id, labels, submitted_at, Reason::SpecInvalid, why.to_string());
         let concluded = self.conclude(Record::new(result)?, &queue, gone).await;
         if concluded.is_err() {
-            self.put_back(id, token).await;
+            self.let_fall(id, token).await;
         }
-        concluded.map(drop)
-    }
-
-    /// Replaces a message by a copy in its right place, or under an id.
-    async fn mend(
-        &self,
-        parcel: &Parcel,
-        to: Source,
-        id: JobId,
-        gone: &CancellationToken,
-    ) -> Result<(), QueueError> {
-        let copy = parcel.moved_to(&to, id);
-        self.insist(gone, || self.publish_job(&copy, &to)).await?;
-        super::core::ack(parcel).await;
-        Ok(())
+        concluded.map(|(_, done)| done)
     }
 }
 
@@ -293,8 +302,8 @@ fn is_over(spec: &JobSpec, submitted_at: Timestamp) -> bool {
 }
 
 /// The id that a message names, whatever else is wrong with it.
-pub(super) fn id_of(parcel: &Parcel) -> Option<JobId> {
-    let peek = serde_json::from_slice::<Peek>(&parcel.delivery.data).ok();
+pub(super) fn id_of(delivery: &Delivery) -> Option<JobId> {
+    let peek = serde_json::from_slice::<Peek>(&delivery.data).ok();
     let own = peek.and_then(|peek| peek.id?.as_str()?.parse().ok());
-    own.or_else(|| parcel.message_id())
+    own.or_else(|| message_id(&delivery.properties))
 }

@@ -21,6 +21,7 @@ use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use super::bell::Bell;
 use super::index::{Entry, Index};
 use super::message::{self, Message, Parcel, ReplyTo};
 use super::publisher::{PublishError, Publisher};
@@ -40,6 +41,7 @@ pub(super) struct Core {
     pub(super) known: Known,
     /// Bands by queue, as far as this process has heard of them.
     pub(super) bands: watch::Sender<BTreeMap<String, BTreeSet<u8>>>,
+    pub(super) bell: Bell,
     pub(super) events: broadcast::Sender<Event>,
     pub(super) events_out: mpsc::Sender<Message>,
     pub(super) sequences: Sequences,
@@ -53,7 +55,7 @@ pub(super) struct Core {
 }
 
 /// Queues that were declared, to be declared again on every new connection.
-pub(super) type Known = Arc<Mutex<BTreeSet<(String, Option<u8>)>>>;
+pub(super) type Known = Arc<Mutex<BTreeSet<Source>>>;
 
 /// A job that is in the hands of this process.
 pub(super) struct Held {
@@ -103,21 +105,21 @@ impl Core {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends a job that is in hand, with `record` or the one that there is already.
+    /// Ends a job that is in hand, with `record` or the one that there is already. Its messages are
+    /// returned: they may now be acknowledged.
     pub(super) async fn conclude(
         &self,
         record: Record,
         queue: &str,
         gone: &CancellationToken,
-    ) -> Result<Finished, QueueError> {
+    ) -> Result<(Finished, Vec<Parcel>), QueueError> {
         let there = self.insist(gone, || self.records.create(&record)).await?;
         let (record, finished) = match there {
             None => (record, Finished::Recorded),
             Some(there) => (there, Finished::AlreadyFinished),
         };
         self.pronounce(&record, queue, gone).await?;
-        self.let_go(&record, gone).await?;
-        Ok(finished)
+        Ok((finished, self.let_go(&record, gone).await?))
     }
 
     /// Publishes a record, and tells of it.
@@ -147,21 +149,20 @@ impl Core {
         self.pronounce(&record, &entry.queue, &self.closing).await
     }
 
-    /// Answers who asked, and acknowledges every message of a job that has ended.
-    async fn let_go(&self, record: &Record, gone: &CancellationToken) -> Result<(), QueueError> {
-        let Some(held) = self.lock_held().remove(&record.result.id) else { return Ok(()) };
+    /// Answers who asked for a job that has ended; its messages.
+    async fn let_go(&self, record: &Record, gone: &CancellationToken) -> Result<Vec<Parcel>, QueueError> {
+        let Some(held) = self.lock_held().remove(&record.result.id) else { return Ok(Vec::new()) };
         let mut answered: Vec<ReplyTo> = Vec::new();
         for parcel in &held.parcels {
             if let Some(to) = parcel.reply_to().filter(|to| !answered.contains(to)) {
                 self.reply(record, &to, gone).await?;
                 answered.push(to);
             }
-            ack(parcel).await;
         }
         if held.litter {
             self.records.clean(record.result.id).await;
         }
-        Ok(())
+        Ok(held.parcels)
     }
 
     async fn reply(&self, record: &Record, to: &ReplyTo, gone: &CancellationToken) -> Result<(), QueueError> {
@@ -178,19 +179,14 @@ impl Core {
         .await
     }
 
-    /// Puts every message of a job back on the broker, unless the lease was another's.
-    pub(super) async fn put_back(&self, id: JobId, token: u64) {
-        let held = {
-            let mut all = self.lock_held();
-            match all.get(&id) {
-                Some(held) if held.token == token => all.remove(&id),
-                _ => None,
-            }
-        };
-        self.sequences.forget(id);
-        for parcel in held.into_iter().flat_map(|held| held.parcels) {
-            nack(&parcel).await;
+    /// Forgets that a job is in hand; its messages.
+    pub(super) fn take_out(&self, id: JobId, token: u64) -> Vec<Parcel> {
+        let mut all = self.lock_held();
+        if all.get(&id).is_none_or(|held| held.token != token) {
+            return Vec::new();
         }
+        self.sequences.forget(id);
+        all.remove(&id).map(|held| held.parcels).unwrap_or_default()
     }
 
     /// Publishes to a job queue, which is declared if it has gone.
@@ -207,9 +203,7 @@ impl Core {
 
     /// Makes sure that a queue is there, and that workers know of it.
     pub(super) async fn ensure(&self, source: &Source) -> Result<(), QueueError> {
-        let entry = (source.queue.clone(), source.band);
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).contains(&entry);
-        if known {
+        if self.known.lock().unwrap_or_else(PoisonError::into_inner).contains(source) {
             return Ok(());
         }
         if let Some(band) = source.band {
@@ -221,7 +215,7 @@ impl Core {
             self.add_bands(&source.queue, BTreeSet::from([band]));
             self.publisher.broadcast(&message::new_band(&source.queue)).await?;
         }
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).insert(entry);
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).insert(source.clone());
         Ok(())
     }
 
@@ -261,8 +255,14 @@ impl Core {
     /// Sends an event on its way; lost if it cannot go now.
     pub(super) fn tell(&self, event: &Event) {
         if let Ok(message) = message::event(event) {
-            // Full or closed: an event may be lost.
-            let _ = self.events_out.try_send(message);
+            self.tell_loosely(message);
+        }
+    }
+
+    /// Sends a message on its way that may be lost.
+    pub(super) fn tell_loosely(&self, message: Message) {
+        if self.events_out.try_send(message).is_err() {
+            tracing::debug!("a message that may be lost was lost");
         }
     }
 

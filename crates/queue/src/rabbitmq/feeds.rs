@@ -7,7 +7,7 @@
 //! the output that came before it: it waits for both the result and the broker's event, but for the
 //! latter not long, since events may be lost and results may not.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -82,11 +82,34 @@ pub(super) async fn control(core: Arc<Core>) {
         let declared = topology::declare_private(&channel, topology::CONTROL, &["cancel.#", "band.#"]);
         let queue =
             timeout(STEP, declared).await.map_err(|_| late("declare"))?.map_err(|e| unavailable(&e))?;
-        let mut messages = consume(&channel, queue, true).await?;
+        let mut messages = consume(&channel, queue.clone(), true).await?;
         catch_up(core).await?;
-        while let Some(message) = messages.next().await {
+        let mut waiting = core.bell.watch();
+        waiting.mark_changed();
+        let mut bells: BTreeSet<String> = BTreeSet::new();
+        loop {
+            let message = tokio::select! {
+                message = messages.next() => message,
+                _ = waiting.changed() => {
+                    let sources = waiting.borrow_and_update().sources.clone();
+                    let queues: BTreeSet<String> = sources.into_iter().map(|source| source.queue).collect();
+                    for name in queues.difference(&bells) {
+                        let key = format!("bell.{name}");
+                        let binding = topology::bind(&channel, queue.as_str(), topology::CONTROL, &key);
+                        let bound = timeout(STEP, binding).await.map_err(|_| late("bind"))?;
+                        bound.map_err(|e| unavailable(&e))?;
+                    }
+                    bells = queues;
+                    continue;
+                }
+            };
+            let Some(message) = message else { return Ok(()) };
             let message = message.map_err(|e| unavailable(&e))?;
             let outcome = match message.routing_key.as_str().split_once('.') {
+                Some(("bell", _)) => {
+                    core.bell.ring();
+                    Ok(())
+                }
                 Some(("cancel", id)) => match id.parse() {
                     Ok(id) => call_off(core, id).await,
                     Err(_) => Ok(()),
@@ -98,7 +121,6 @@ pub(super) async fn control(core: Arc<Core>) {
                 tracing::warn!(key = %message.routing_key, error = %e, "a message of control was lost");
             }
         }
-        Ok(())
     })
     .await;
 }

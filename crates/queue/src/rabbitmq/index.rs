@@ -55,8 +55,8 @@ const BATCH: usize = 128;
 /// What the index says of a job that is submitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Begun {
-    /// The broker has to confirm it yet.
-    Unconfirmed,
+    /// The broker has to confirm it yet; since when it is known here.
+    Unconfirmed(Timestamp),
     /// It was accepted before.
     Known,
 }
@@ -120,12 +120,12 @@ impl Index {
             job.expires_in_ms.map(|ms| now.saturating_add(i64::try_from(ms).unwrap_or(i64::MAX)));
         let (id, queue, labels) = (job.id, job.queue.clone(), job.labels.clone());
         self.call(move |db| {
-            let found: Option<i64> = db
-                .prepare_cached("SELECT state FROM jobs WHERE id = ?1")?
-                .query_row([id_bytes(id)], |row| row.get(0))
+            let found: Option<(i64, i64)> = db
+                .prepare_cached("SELECT state, submitted_at FROM jobs WHERE id = ?1")?
+                .query_row([id_bytes(id)], |row| Ok((row.get(0)?, row.get(1)?)))
                 .optional()?;
             match found {
-                Some(state::SUBMITTING) => return Ok(Begun::Unconfirmed),
+                Some((state::SUBMITTING, at)) => return Ok(Begun::Unconfirmed(Timestamp::from_unix_ms(at))),
                 Some(_) => return Ok(Begun::Known),
                 None => {}
             }
@@ -139,7 +139,7 @@ impl Index {
                     |row| row.get(0),
                 )?;
             views::insert_labels(db, seq, &labels)?;
-            Ok(Begun::Unconfirmed)
+            Ok(Begun::Unconfirmed(Timestamp::from_unix_ms(now)))
         })
         .await
     }

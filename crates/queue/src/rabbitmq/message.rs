@@ -43,6 +43,8 @@ pub(super) struct ReplyTo {
 /// A message in hand: it waits on the broker to be acknowledged.
 #[derive(Debug)]
 pub(super) struct Parcel {
+    /// The slot on whose channel it came.
+    pub(super) slot: u64,
     pub(super) source: Source,
     pub(super) delivery: Delivery,
 }
@@ -65,10 +67,6 @@ impl Parcel {
         noted
             .or_else(|| seconds.map(|seconds| seconds.saturating_mul(1000)))
             .map_or_else(Timestamp::now, Timestamp::from_unix_ms)
-    }
-
-    pub(super) fn message_id(&self) -> Option<JobId> {
-        self.delivery.properties.message_id().as_ref().and_then(|id| id.as_str().parse().ok())
     }
 
     pub(super) fn reply_to(&self) -> Option<ReplyTo> {
@@ -118,13 +116,12 @@ impl Parcel {
 }
 
 /// A job on its way to its queue.
-pub(super) fn job(job: &JobSpec, json: Vec<u8>, source: &Source) -> Message {
-    let now = Timestamp::now();
+pub(super) fn job(job: &JobSpec, json: Vec<u8>, source: &Source, submitted_at: Timestamp) -> Message {
     let mut headers = FieldTable::default();
-    headers.insert(SUBMITTED_AT.into(), AMQPValue::LongLongInt(now.unix_ms()));
+    headers.insert(SUBMITTED_AT.into(), AMQPValue::LongLongInt(submitted_at.unix_ms()));
     let properties = properties(hutch_proto::JOB_TYPE, job.id)
         .with_priority(job.priority)
-        .with_timestamp(u64::try_from(now.unix_ms() / 1000).unwrap_or(0))
+        .with_timestamp(u64::try_from(submitted_at.unix_ms() / 1000).unwrap_or(0))
         .with_headers(headers);
     Message { exchange: topology::JOBS, key: source.key().into(), properties, body: json.into() }
 }
@@ -185,10 +182,25 @@ pub(super) fn new_band(queue: &str) -> Message {
     }
 }
 
+/// Word that a job has come to a queue, for workers that wait for several.
+pub(super) fn bell(queue: &str) -> Message {
+    Message {
+        exchange: topology::CONTROL,
+        key: format!("bell.{queue}").into(),
+        properties: BasicProperties::default(),
+        body: bytes::Bytes::new(),
+    }
+}
+
 /// The queue's name in a result's routing key.
 pub(super) fn queue_of(result_key: &str) -> &str {
     let mut parts = result_key.rsplitn(3, '.');
     parts.nth(2).unwrap_or_default()
+}
+
+/// The job's id in a message's properties.
+pub(super) fn message_id(properties: &BasicProperties) -> Option<JobId> {
+    properties.message_id().as_ref().and_then(|id| id.as_str().parse().ok())
 }
 
 /// The number of the event that goes with a result.

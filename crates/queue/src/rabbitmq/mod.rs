@@ -10,6 +10,7 @@
 //! has one result, and whoever has it again answers with the same bytes.
 
 mod admit;
+mod bell;
 mod cap;
 mod consumer;
 mod core;
@@ -29,7 +30,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use hutch_proto::{Event, JobId, JobSpec, JobState, JobView};
+use hutch_proto::{Event, JobId, JobSpec, JobState, JobView, Timestamp};
 use lapin::uri::{AMQPScheme, AMQPUri};
 use object_store::ObjectStore;
 use tokio::sync::{broadcast, mpsc, watch};
@@ -37,6 +38,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::bell::Bell;
 use self::consumer::RabbitConsumer;
 use self::core::{Core, Known};
 use self::feeds::Finishing;
@@ -144,6 +146,7 @@ impl RabbitQueue {
             index,
             known,
             bands: watch::Sender::new(BTreeMap::new()),
+            bell: Bell::new(),
             events: broadcast::Sender::new(config.event_buffer.max(1)),
             events_out,
             sequences: Default::default(),
@@ -165,6 +168,7 @@ impl RabbitQueue {
     fn start_feeds(&self, keep_finished: Option<Duration>) {
         let core = || Arc::clone(&self.core);
         self.tasks.spawn(feeds::control(core()));
+        self.tasks.spawn(bell::watch(core()));
         if self.core.index.is_some() {
             let finishing = Arc::new(Finishing::default());
             self.tasks.spawn(feeds::results(core(), Arc::clone(&finishing)));
@@ -188,18 +192,17 @@ impl RabbitQueue {
 
     /// Jobs that wait, by queue, in all queues that were declared here.
     async fn waiting(&self) -> Result<BTreeMap<String, u64>, QueueError> {
-        let known: BTreeSet<_> = self.core.known.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let mut sources: BTreeSet<_> = known;
+        let mut sources: BTreeSet<Source> =
+            self.core.known.lock().unwrap_or_else(PoisonError::into_inner).clone();
         for (queue, bands) in &*self.core.bands.borrow() {
-            sources.insert((queue.clone(), None));
-            sources.extend(bands.iter().map(|band| (queue.clone(), Some(*band))));
+            sources.insert(Source::plain(queue));
+            sources.extend(bands.iter().map(|band| Source { queue: queue.clone(), band: Some(*band) }));
         }
         let live = self.core.publish.now()?;
         let counted = async {
             let mut waiting = BTreeMap::new();
             let mut channel = live.connection.create_channel().await?;
-            for (queue, band) in sources {
-                let source = Source { queue, band };
+            for source in sources {
                 match topology::waiting(&channel, &source).await {
                     Ok(count) => *waiting.entry(source.queue).or_default() += count,
                     // It is not there (any more), which ended the channel.
@@ -226,8 +229,8 @@ fn declares(known: Known, gateway: Option<String>) -> Prepare {
         Box::pin(async move {
             let channel = connection.create_channel().await?;
             topology::declare_base(&channel).await?;
-            for (queue, band) in known {
-                topology::declare_source(&channel, &Source { queue, band }).await?;
+            for source in known {
+                topology::declare_source(&channel, &source).await?;
             }
             if let Some(gateway) = gateway {
                 topology::declare_gateway(&channel, &gateway).await?;
@@ -258,12 +261,12 @@ impl Queue for RabbitQueue {
             .map_err(|e| QueueError::Setup(format!("job {} is no JSON: {e}", job.id)))?;
         let lock = self.submission(job.id);
         let _alone = lock.lock().await;
+        let mut submitted_at = Timestamp::now();
         match &self.core.index {
-            Some(index) => {
-                if index.begin(job).await? == Begun::Known {
-                    return Ok(Submitted::Known);
-                }
-            }
+            Some(index) => match index.begin(job).await? {
+                Begun::Unconfirmed(at) => submitted_at = at,
+                Begun::Known => return Ok(Submitted::Known),
+            },
             None => {
                 if self.core.records.get(job.id).await?.is_some() {
                     return Ok(Submitted::Known);
@@ -271,7 +274,8 @@ impl Queue for RabbitQueue {
             }
         }
         let source = Source::of(&job.queue, job.priority);
-        self.core.publish_job(&message::job(job, json, &source), &source).await?;
+        self.core.publish_job(&message::job(job, json, &source, submitted_at), &source).await?;
+        self.core.tell_loosely(message::bell(&job.queue));
         if let Some(index) = &self.core.index {
             index.confirm(job.id).await?;
             if job.expires_in_ms.is_some() {

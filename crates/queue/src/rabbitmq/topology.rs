@@ -34,7 +34,7 @@ const GATEWAY_EXPIRES_MS: i32 = 7 * 24 * 3_600_000;
 const EVENTS_KEPT: i32 = 100_000;
 
 /// One queue on the broker from which jobs are taken.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Source {
     /// The job queue's name, such as `default`.
     pub(super) queue: String,
@@ -155,7 +155,7 @@ async fn declare(
     channel.queue_declare(name.into(), options, arguments).await.map(drop)
 }
 
-async fn bind(channel: &Channel, queue: &str, exchange: &str, key: &str) -> lapin::Result<()> {
+pub(super) async fn bind(channel: &Channel, queue: &str, exchange: &str, key: &str) -> lapin::Result<()> {
     let options = QueueBindOptions::default();
     channel.queue_bind(queue.into(), exchange.into(), key.into(), options, FieldTable::default()).await
 }
