@@ -23,7 +23,7 @@ use crate::bpf::Instruction;
 use crate::channel::Channel;
 use crate::child::{Given, Sandbox, Workspace};
 use crate::plan::{IdRange, Plan};
-use crate::process::{Cloned, clone_process, exit_now, flags, forget_arguments};
+use crate::process::{Cloned, clone_process, exit_now, flags, forget_arguments, reset_signal};
 use crate::spare::{Nascent, Spare, open_namespace, user_namespace};
 use crate::tinyroot::{self, OldRoot};
 use crate::{Errno, Result, child};
@@ -198,6 +198,8 @@ fn begin(filter: Vec<Instruction>) -> Result<(Service, SignalFd)> {
     // SAFETY: the launcher has one thread, and uses neither arguments nor environment.
     unsafe { forget_arguments(b"hutch-init") };
     nix::sys::prctl::set_name(c"hutch-init")?;
+    // A process that was started with SIGCHLD ignored could not wait for its children: wait(2).
+    reset_signal(libc::SIGCHLD)?;
     let mut mask = SigSet::empty();
     for signal in [Signal::SIGCHLD, Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
         mask.add(signal);

@@ -309,15 +309,43 @@ pub(crate) fn install_filter(filter: &[Instruction]) -> Result<()> {
     check(answer).map(drop)
 }
 
-/// Lets SIGPIPE and SIGCHLD act as they do by default and unblocks all signals, for a program that will be run.
-pub(crate) fn reset_signals() -> Result<()> {
-    use nix::sys::signal::{
-        SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, sigaction, sigprocmask,
+/// Lets one signal act as it does by default: rt_sigaction(2). The raw call, since the C library keeps two of them
+/// to itself, and they too may have come ignored from whoever started us.
+pub(crate) fn reset_signal(signal: libc::c_int) -> Result<()> {
+    /// Layout of the kernel's `struct sigaction`; all zero is SIG_DFL.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Action {
+        handler: usize,
+        flags: libc::c_ulong,
+        restorer: usize,
+        mask: u64,
+    }
+    let action = Action::default();
+    // SAFETY: `action` has the kernel's layout, its mask the size that is passed; the default runs no code of ours.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigaction,
+            signal,
+            &raw const action,
+            std::ptr::null::<u8>(),
+            size_of::<u64>(),
+        )
     };
-    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-    for signal in [Signal::SIGPIPE, Signal::SIGCHLD] {
-        // SAFETY: the default action runs no code of ours.
-        unsafe { sigaction(signal, &default) }?;
+    check(answer).map(drop)
+}
+
+/// Lets every signal act as it does by default and unblocks all, for a program that will be run: what a worker
+/// ignores, or came to ignore by nohup(1) or a shell's `&`, is no business of a job's.
+pub(crate) fn reset_signals() -> Result<()> {
+    use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+    const LAST: libc::c_int = 64;
+    for signal in 1..=LAST {
+        match reset_signal(signal) {
+            // SIGKILL and SIGSTOP are as they are.
+            Err(Errno::EINVAL) => {}
+            other => other?,
+        }
     }
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)
 }

@@ -145,7 +145,7 @@ impl Engine {
         let dev_null =
             std::fs::File::open("/dev/null").map_err(|e| failed("cannot open /dev/null", &e))?.into();
         let abilities = Abilities {
-            cpuset: cgroups.has_cpuset(),
+            processors: cgroups.processors().map(|list| crate::plan::processors(&list)),
             swap: cgroups.limits_swap(),
             max_open_files: host::max_open_files(),
         };

@@ -1,6 +1,6 @@
 //! A sandbox that could not be set up: from stage, errno and index to a sentence and a verdict.
 
-use hutch_proto::{Reason, VolumeSource};
+use hutch_proto::{MAX_ID, Reason, VolumeSource};
 use hutch_sandbox_sys::{Errno, Record, Stage};
 
 use crate::plan::{JobPlan, StepPlan};
@@ -98,6 +98,10 @@ fn user(errno: Errno, plan: &JobPlan) -> Refusal {
         Errno::ESRCH => {
             Refusal::spec("user", format!("there is no group `{group}` in the sandbox's /etc/group"))
         }
+        Errno::ERANGE => Refusal::spec(
+            "user",
+            format!("`{}` has a uid or gid that no sandbox has: 0..={MAX_ID} is possible", plan.user),
+        ),
         other => Refusal::spec(
             "user",
             format!("the sandbox's /etc/passwd or /etc/group cannot be used: {}", other.desc()),

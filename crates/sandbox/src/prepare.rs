@@ -26,8 +26,9 @@ use crate::hostlayer::HostLayer;
 use crate::plan::{JobPlan, LayerSource, MountPlan, VolumePlan, scratch_dirs};
 use crate::refusal::Refusal;
 
-/// Inodes of the scratch file system that are ours, not the job's: its root, and four for each overlay.
-const OWN_INODES: u64 = 2;
+/// Inodes of the scratch file system that are ours, not the job's: its root, `shm`, one that overlayfs's extended
+/// attributes are worth (tmpfs counts them, by size), and four for each overlay.
+const OWN_INODES: u64 = 3;
 const OWN_INODES_PER_OVERLAY: u64 = 4;
 
 /// A directory that is shown in a sandbox.

@@ -4,6 +4,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use hutch_sandbox_sys::{FdIndex, FileWrite, IdRange, Launcher, Plan, Program, ProgramCgroup, Started};
 use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 
 use crate::cgroup::{Cgroups, Entrance, JobCgroup};
 use crate::plan::{JobPlan, Slots, StepPlan, mount_steps, rlimits};
@@ -66,8 +67,8 @@ pub(crate) fn spawn(
     let mounts = prepared.step_mounts(means.userns)?;
     let stdin = if step.stdin.is_empty() { None } else { Some(sealed(&[&step.stdin])?) };
     let (report, report_end) = pipe()?;
-    let (stdout, stdout_end) = pipe()?;
-    let (stderr, stderr_end) = pipe()?;
+    let (stdout, stdout_end) = output_pipe()?;
+    let (stderr, stderr_end) = output_pipe()?;
 
     let mut fds = FdList::default();
     let report_index = fds.add([report_end.as_fd()]);
@@ -139,6 +140,15 @@ fn file_writes(job: &JobPlan) -> Vec<FileWrite> {
 fn pipe() -> Result<(OwnedFd, OwnedFd), Refusal> {
     nix::unistd::pipe2(OFlag::O_CLOEXEC)
         .map_err(|e| Refusal::host(format!("cannot make a pipe: {}", e.desc())))
+}
+
+/// A pipe that whoever holds its end may open anew: a program's `/dev/stdout` is a link to what it holds
+/// already, but opening it asks for the pipe's own permissions, and its owner is no user of the sandbox.
+fn output_pipe() -> Result<(OwnedFd, OwnedFd), Refusal> {
+    let ends = pipe()?;
+    nix::sys::stat::fchmod(&ends.1, Mode::from_bits_truncate(0o666))
+        .map_err(|e| Refusal::host(format!("cannot open a pipe to the program: {}", e.desc())))?;
+    Ok(ends)
 }
 
 /// An error and what caused it, in one line.

@@ -37,6 +37,7 @@ pub(crate) struct Exited {
     pub(crate) records: Records,
     pub(crate) readings: Readings,
     pub(crate) disk: DiskUse,
+    /// How long it had been idle when that was too long.
     pub(crate) idle: Duration,
     pub(crate) stdout: Captured,
     pub(crate) stderr: Captured,
@@ -106,6 +107,7 @@ struct Watch<'a> {
     usage_at: Instant,
     cpu_us: u64,
     active: Instant,
+    idle: Duration,
     disk: DiskUse,
 }
 
@@ -143,6 +145,7 @@ pub(crate) async fn supervise(
         usage_at: now + USAGE_EVERY,
         cpu_us: 0,
         active: now,
+        idle: Duration::ZERO,
         disk: DiskUse::default(),
     };
     let mut open = [true; 3];
@@ -282,7 +285,8 @@ impl Watch<'_> {
         if let Some(limit) = self.limits.idle_time_ms {
             let limit = Duration::from_millis(limit);
             let idle = now.saturating_duration_since(self.active);
-            if idle >= limit {
+            if idle >= limit && self.cause.is_none() {
+                self.idle = idle;
                 self.kill(Cause::IdleTime);
             }
             wait = wait.min(limit.saturating_sub(idle).min(limit / 4));
@@ -397,7 +401,7 @@ impl Watch<'_> {
             records: self.records,
             readings,
             disk: self.disk,
-            idle: Instant::now().saturating_duration_since(self.active),
+            idle: self.idle,
             stdout: self.stdout.done(),
             stderr: self.stderr.done(),
             dead_ns,

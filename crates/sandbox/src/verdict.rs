@@ -1,6 +1,7 @@
 //! The verdict: a pure function of what was observed.
 //!
-//! In this order: memory, since a killed process explains whatever came after; then what made us kill; then limits
+//! In this order: memory, since a killed process explains whatever came after (and if it was not the job's own
+//! limit that was reached, it is the host's fault); then what made us kill; then limits
 //! that the kernel enforced; then how the program ended. A sandbox that ended without a word and without a
 //! cause of ours is the host's fault, never the program's.
 
@@ -89,15 +90,11 @@ pub(crate) fn decide(limits: &Limits, seen: &Observed) -> Verdict {
         Some(hit) => hit,
         None => plain_end(seen),
     };
-    let silent = seen.end.is_none() && reason == Some(Reason::HostError);
-    Verdict {
-        status: reason.map_or(Status::Succeeded, Reason::status),
-        reason,
-        message,
-        limit,
-        exit_code,
-        signal: if silent { None } else { signal },
-    }
+    // A fault of the host says nothing of the program, and so nothing of its end.
+    let (exit_code, signal) =
+        if reason == Some(Reason::HostError) { (None, None) } else { (exit_code, signal) };
+    let status = reason.map_or(Status::Succeeded, Reason::status);
+    Verdict { status, reason, message, limit, exit_code, signal }
 }
 
 type Finding = (Option<Reason>, String, Option<LimitHit>);
@@ -115,10 +112,20 @@ fn limit_hit(limits: &Limits, seen: &Observed) -> Option<Finding> {
     let cpu_ms = seen.readings.cpu_us() / 1000;
     if seen.readings.oom_kills > 0 || seen.cause == Some(Cause::Memory) {
         let (allowed, kills) = (limits.memory_bytes, seen.readings.oom_kills);
-        let plural = if kills == 1 { "process" } else { "processes" };
-        let message =
-            format!("memory: {allowed} bytes allowed, reached; {kills} {plural} killed by the kernel");
         let measured = seen.readings.memory_peak_bytes;
+        if seen.readings.memory_limit_hits == 0 {
+            let message = format!(
+                "the host, or a group around the worker, ran out of memory while the job had {measured} of its {allowed} bytes"
+            );
+            return Some((Some(Reason::HostError), message, None));
+        }
+        // We may be told, and kill, before the kernel has chosen whom to kill.
+        let killed = match kills {
+            0 => "every process killed".to_owned(),
+            1 => "1 process killed by the kernel".to_owned(),
+            more => format!("{more} processes killed by the kernel"),
+        };
+        let message = format!("memory: {allowed} bytes allowed, reached; {killed}");
         return Some(hit(Reason::Memory, "memory_bytes", allowed, measured, message));
     }
     match seen.cause {
@@ -226,8 +233,17 @@ mod tests {
     fn memory_comes_before_all_else() {
         let mut seen = seen(Some(End::Exited(1)));
         seen.readings.oom_kills = 1;
+        seen.readings.memory_limit_hits = 1;
         seen.cause = Some(Cause::WallTime);
         assert_eq!(reason(&seen), Some(Reason::Memory));
+    }
+
+    #[test]
+    fn memory_that_ran_out_above_the_job_is_the_host_s_fault() {
+        let mut seen = seen(Some(End::Signaled(libc::SIGKILL)));
+        seen.readings.oom_kills = 1;
+        let verdict = decide(&limits(), &seen);
+        assert_eq!((verdict.status, verdict.signal), (Status::InfraError, None));
     }
 
     #[test]

@@ -168,9 +168,14 @@ fn identify(sandbox: &mut Sandbox<'_>, root: BorrowedFd<'_>) -> Result<Identity>
         Some(key @ Key::Name(_)) => identity.gid = find_group(group, key).ok_or(Errno::ESRCH)?,
         None => {}
     }
+    // A layer's passwd may have ids that are not in the sandbox's map.
+    let end = sandbox.plan.ids.count;
+    if identity.uid >= end || identity.gid >= end {
+        return Err(Errno::ERANGE);
+    }
     let name = CStr::from_bytes_until_nul(&identity.user).map_err(|_| Errno::EINVAL)?.to_bytes();
     let name = name.strip_prefix(b"USER=").unwrap_or_default();
-    identity.group_count = groups_of(group, name, &mut identity.groups);
+    identity.group_count = groups_of(group, name, end, &mut identity.groups);
     if find_group(group, Key::Id(identity.gid)).is_none() {
         let mut line = Line::new();
         let gid = identity.gid;

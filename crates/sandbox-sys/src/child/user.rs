@@ -83,13 +83,14 @@ pub fn find_group(group: &[u8], key: Key<'_>) -> Option<u32> {
     })
 }
 
-/// Fills `groups` with the ids of the groups that list this user, and says how many they are.
+/// Fills `groups` with the ids of the groups that list this user, and says how many they are. Ids from `end` on are
+/// left out.
 #[must_use]
-pub fn groups_of(group: &[u8], user: &[u8], groups: &mut [u32]) -> usize {
+pub fn groups_of(group: &[u8], user: &[u8], end: u32, groups: &mut [u32]) -> usize {
     let listed = lines(group).filter_map(|line| {
         let [_, _, gid, members] = fields(line)?;
         let member = members.split(|byte| *byte == b',').any(|member| member == user);
-        member.then(|| parse_id(gid)).flatten()
+        member.then(|| parse_id(gid)).flatten().filter(|gid| *gid < end)
     });
     let mut count = 0;
     for (place, gid) in groups.iter_mut().zip(listed) {
@@ -123,9 +124,11 @@ mod tests {
         assert_eq!(find_group(GROUP, Key::of("29")), Some(29));
         assert_eq!(find_group(GROUP, Key::of("none")), None);
         let mut groups = [0; 8];
-        assert_eq!(groups_of(GROUP, b"ann", &mut groups), 2);
+        assert_eq!(groups_of(GROUP, b"ann", 65_536, &mut groups), 2);
         assert_eq!(groups[..2], [50, 29]);
         let mut few = [0; 1];
-        assert_eq!(groups_of(GROUP, b"ann", &mut few), 1, "no more than fit");
+        assert_eq!(groups_of(GROUP, b"ann", 65_536, &mut few), 1, "no more than fit");
+        assert_eq!(groups_of(GROUP, b"ann", 40, &mut groups), 1);
+        assert_eq!(groups[0], 29, "an id that the sandbox does not have is left out");
     }
 }

@@ -132,9 +132,14 @@ impl Cgroups {
         Ok(())
     }
 
-    /// Whether jobs can be bound to processors.
-    pub(crate) fn has_cpuset(&self) -> bool {
-        self.hierarchies.iter().any(|place| place.controllers.contains(&Controller::Cpuset))
+    /// The processors to which jobs can be bound, as a list of cpuset(7); none where they cannot be.
+    pub(crate) fn processors(&self) -> Option<String> {
+        let place = self.hierarchies.iter().find(|place| place.controllers.contains(&Controller::Cpuset))?;
+        let file = match place.version {
+            Version::V1 => "cpuset.effective_cpus",
+            Version::V2 => "cpuset.cpus.effective",
+        };
+        Some(read_text(&place.home, file))
     }
 
     /// Whether swap can be limited: by the kernel's accounting, or because there is none.

@@ -55,6 +55,8 @@ pub(crate) struct Readings {
     pub(crate) memory_bytes: u64,
     pub(crate) memory_peak_bytes: u64,
     pub(crate) oom_kills: u64,
+    /// How often the group's own memory limit was in the way; 0 if memory ran out above it.
+    pub(crate) memory_limit_hits: u64,
     pub(crate) cpu_user_us: u64,
     pub(crate) cpu_system_us: u64,
     pub(crate) throttled_us: u64,
@@ -109,6 +111,7 @@ impl Place {
                 let file = match access {
                     Access::Read => File::open(place.dir.join(name)),
                     Access::Write => OpenOptions::new().write(true).open(place.dir.join(name)),
+                    Access::Both => OpenOptions::new().read(true).write(true).open(place.dir.join(name)),
                 };
                 // Some are on some kernels only; what is needed is found out when it is used.
                 place.kept.extend(file.ok().map(|file| (*name, file)));
@@ -160,6 +163,7 @@ impl Place {
 enum Access {
     Read,
     Write,
+    Both,
 }
 
 /// A group of one job, used once; removed when dropped.

@@ -16,9 +16,11 @@ const PERIOD_US: u64 = 100_000;
 /// Files that every job needs.
 pub(super) const KEPT: &[(Controller, &str, Access)] = &[
     (Controller::Memory, "tasks", Access::Write),
-    (Controller::Memory, "memory.limit_in_bytes", Access::Write),
+    (Controller::Memory, "memory.limit_in_bytes", Access::Both),
     (Controller::Memory, "memory.memsw.limit_in_bytes", Access::Write),
     (Controller::Memory, "memory.max_usage_in_bytes", Access::Read),
+    (Controller::Memory, "memory.failcnt", Access::Read),
+    (Controller::Memory, "memory.memsw.failcnt", Access::Read),
     (Controller::Memory, "memory.oom_control", Access::Read),
     (Controller::Pids, "tasks", Access::Write),
     (Controller::Pids, "pids.max", Access::Write),
@@ -73,6 +75,7 @@ pub(super) fn read(controller: Controller, place: &Place, readings: &mut Reading
         Controller::Memory => {
             readings.memory_peak_bytes = place.number("memory.max_usage_in_bytes").unwrap_or(0);
             readings.oom_kills = keyed(&place.text("memory.oom_control"), "oom_kill").unwrap_or(0);
+            readings.memory_limit_hits = memory_limit_hits(place, readings.memory_peak_bytes);
         }
         Controller::Pids => {
             readings.pids_peak = place.number("pids.peak").unwrap_or(0);
@@ -92,6 +95,17 @@ pub(super) fn read(controller: Controller, place: &Place, readings: &mut Reading
         }
         Controller::Cpuset => {}
     }
+}
+
+/// How often the group's own limit was in the way. Not every kernel counts that for `memsw`, which is the
+/// one that is met where there may be no swap: there the peak tells, but for what is charged in advance.
+fn memory_limit_hits(place: &Place, peak_bytes: u64) -> u64 {
+    const MOST_IN_ADVANCE: u64 = 1 << 20;
+    let limit_bytes = place.number("memory.limit_in_bytes").unwrap_or(u64::MAX);
+    if peak_bytes.saturating_add(MOST_IN_ADVANCE.min(limit_bytes / 16)) >= limit_bytes {
+        return 1;
+    }
+    ["memory.failcnt", "memory.memsw.failcnt"].into_iter().filter_map(|file| place.number(file)).sum()
 }
 
 /// The sum over devices of `MAJOR:MINOR OPERATION BYTES` lines.

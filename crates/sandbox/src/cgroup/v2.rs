@@ -49,7 +49,9 @@ pub(super) fn read(controller: Controller, place: &Place, readings: &mut Reading
     match controller {
         Controller::Memory => {
             readings.memory_peak_bytes = place.number("memory.peak").unwrap_or(0);
-            readings.oom_kills = keyed(&place.text("memory.events"), "oom_kill").unwrap_or(0);
+            let events = place.text("memory.events");
+            readings.oom_kills = keyed(&events, "oom_kill").unwrap_or(0);
+            readings.memory_limit_hits = keyed(&events, "max").unwrap_or(0);
         }
         Controller::Pids => {
             readings.pids_peak = place.number("pids.peak").unwrap_or(0);

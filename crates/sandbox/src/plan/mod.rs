@@ -7,6 +7,7 @@
 mod mounts;
 mod program;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use hutch_proto::{
@@ -22,8 +23,8 @@ pub(crate) use program::{StepPlan, rlimits};
 /// What this host can enforce, as far as plans depend on it.
 #[derive(Debug, Clone)]
 pub(crate) struct Abilities {
-    /// Whether processors can be chosen.
-    pub(crate) cpuset: bool,
+    /// The processors that can be chosen; none where they cannot.
+    pub(crate) processors: Option<BTreeSet<u32>>,
     /// Whether swap is limited (or there is none).
     pub(crate) swap: bool,
     /// The highest limit on open files that this process may give.
@@ -150,9 +151,16 @@ fn check_abilities(
     abilities: &Abilities,
     path: &str,
 ) -> Result<(), Refusal> {
-    if limits.cpuset.is_some() && !abilities.cpuset {
-        let message = "this host cannot bind a job to processors: it has no cpuset controller";
-        return Err(Refusal::spec(&format!("{path}.cpuset"), message));
+    if let Some(wanted) = &limits.cpuset {
+        let path = format!("{path}.cpuset");
+        let Some(there) = &abilities.processors else {
+            let message = "this host cannot bind a job to processors: it has no cpuset controller";
+            return Err(Refusal::spec(&path, message));
+        };
+        if let Some(missing) = processors(wanted).difference(there).next() {
+            let message = format!("processor {missing} is not there; those of this worker are {there:?}");
+            return Err(Refusal::spec(&path, message));
+        }
     }
     if !abilities.swap {
         let message = "this host cannot limit swap: turn swap off, or swap accounting on (swapaccount=1)";
@@ -171,6 +179,15 @@ fn check_abilities(
         return Err(Refusal::spec(&format!("{path}.disk_bytes"), message));
     }
     Ok(())
+}
+
+/// The numbers in a list as in cpuset(7), such as `0-2,4`.
+pub(crate) fn processors(list: &str) -> BTreeSet<u32> {
+    let range = |text: &str| {
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        Some(first.trim().parse().ok()?..=last.trim().parse().ok()?)
+    };
+    list.split(',').filter_map(range).flatten().collect()
 }
 
 fn layer_source(layer: &LayerRef, path: &str, config: &EngineConfig) -> Result<LayerSource, Refusal> {
