@@ -50,7 +50,7 @@ fn cut(captured: &mut Captured, keep: usize) {
         Ok(text) => {
             let mut weight = 0;
             let fits = |(_, c): &(usize, char)| {
-                weight += u8::try_from(*c).map_or(c.len_utf8(), escaped);
+                weight += u8::try_from(*c).ok().filter(u8::is_ascii).map_or(c.len_utf8(), escaped);
                 weight <= keep
             };
             text.char_indices().take_while(fits).last().map_or(0, |(at, c)| at + c.len_utf8())
