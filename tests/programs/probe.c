@@ -263,6 +263,20 @@ static int write_file(const char *path, long bytes)
 	return 0;
 }
 
+/* Copies a file to stdout. */
+static int show(const char *path)
+{
+	char block[65536];
+	int fd = open(path, O_RDONLY);
+	if (fd < 0)
+		fail(path);
+	ssize_t count;
+	while ((count = read(fd, block, sizeof block)) > 0)
+		if (write(1, block, count) != count)
+			fail("write");
+	return 0;
+}
+
 static int bus(void)
 {
 	int fd = memfd_create("probe", 0);
@@ -312,6 +326,7 @@ int main(int count, char **arguments)
 	if (IS("bomb")) return bomb();
 	if (IS("flee")) return flee();
 	if (IS("daemon")) return leave_daemon();
+	if (IS("show")) return show(arguments[2]);
 	if (IS("write")) return write_file(arguments[2], second);
 	fprintf(stderr, "probe: no such thing: %s\n", what);
 	return 91;

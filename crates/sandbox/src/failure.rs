@@ -38,12 +38,13 @@ pub(crate) fn explain(record: Record, plan: &JobPlan, step: &StepPlan) -> Result
             let message = format!("volumes[{index}]: cannot mount {source} at {target}: {what}");
             Err(Refusal::new(Reason::VolumeError, message))
         }
-        Stage::Step if matches!(errno, Errno::ELOOP | Errno::ENOTDIR | Errno::EXDEV) => Err(Refusal::new(
-            Reason::ImageError,
-            format!(
-                "a layer has a link or a file where a directory of the sandbox must be (set-up step {index}): {what}"
-            ),
-        )),
+        Stage::Step if matches!(errno, Errno::ELOOP | Errno::ENOTDIR | Errno::EXDEV | Errno::EEXIST) => {
+            let message = format!(
+                "a layer has a link or a file where a directory of the sandbox must be, or lies within another \
+                 (set-up step {index}): {what}"
+            );
+            Err(Refusal::new(Reason::ImageError, message))
+        }
         Stage::Rlimit => Err(Refusal::host(format!("the host refused resource limit {index}: {what}"))),
         other => Err(Refusal::host(format!("set-up failed at {other:?}, step {index}: {what}"))),
     }

@@ -91,15 +91,22 @@ impl Prepared {
         ids: IdRange,
     ) -> Result<Self, Refusal> {
         let mut shown = Vec::new();
+        let mut places = Vec::new();
         for (index, layer) in plan.layers.iter().enumerate() {
+            // One that comes again further up is hidden by itself, and overlayfs refuses to have it twice.
+            if plan.layers[index + 1..].contains(layer) {
+                continue;
+            }
             let dir = match layer {
                 LayerSource::Dir(path) => open_layer(path, index, config)?,
                 LayerSource::Host => open_skeleton(host)?,
             };
             shown.push(Shown { dir, read_only: true, mapped: true });
+            places.push(index);
         }
+        let layers = shown.len();
         let trees = if plan.layers.first() == Some(&LayerSource::Host) {
-            open_trees(host, &mut shown)?
+            open_trees(host, &mut shown, &places)?
         } else {
             Vec::new()
         };
@@ -117,7 +124,7 @@ impl Prepared {
         let files: Vec<&[u8]> = plan.files.iter().map(|file| file.bytes.as_slice()).collect();
         let payload = if files.is_empty() { None } else { Some(sealed(&files)?) };
         let mounts = MountPlan {
-            layers: plan.layers.len(),
+            layers,
             trees,
             targets: plan.volumes.iter().map(|volume| volume.target.clone()).collect(),
             masks: masks.to_vec(),
@@ -200,10 +207,12 @@ fn open_skeleton(host: Option<&HostLayer>) -> Result<OwnedFd, Refusal> {
         .map_err(|e| Refusal::host(format!("cannot open {}: {}", skeleton.display(), e.desc())))
 }
 
-/// Opens the host's trees, and says which layers above have each of them too.
+/// Opens the host's trees, and says which layers above have each of them too. `places` are the layers' places in
+/// the job's list.
 fn open_trees(
     host: Option<&HostLayer>,
     shown: &mut Vec<Shown>,
+    places: &[usize],
 ) -> Result<Vec<(String, Vec<usize>)>, Refusal> {
     let mut trees = Vec::new();
     let layers = shown.len();
@@ -216,8 +225,9 @@ fn open_trees(
                 Ok(_) => above.push(index),
                 Err(Errno::ENOENT) => {}
                 Err(_) => {
+                    let place = places.get(index).copied().unwrap_or(index);
                     let message =
-                        format!("layers[{index}]: {tree} must be a directory to be stacked on the host's");
+                        format!("layers[{place}]: {tree} must be a directory to be stacked on the host's");
                     return Err(Refusal::new(Reason::ImageError, message));
                 }
             }

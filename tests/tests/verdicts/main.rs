@@ -4,13 +4,18 @@
 //! fail are told together, each with its whole result. `HUTCH_ROWS=word` runs the rows whose names have the word.
 //! Bounds are generous upwards, since machines are busy, and strict on the verdict.
 
-#![allow(dead_code, reason = "rows that use all of it follow")]
-
+mod bounds;
+mod commands;
 mod ends;
+mod input;
+mod layers;
 mod memory;
 mod output;
 mod row;
+mod steps;
 mod time;
+mod users;
+mod volumes;
 
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -31,10 +36,21 @@ fn every_program_gets_its_verdict() {
     }
     let home = Home::new();
     let mut rows = Vec::new();
-    rows.extend(ends::rows());
-    rows.extend(output::rows());
-    rows.extend(memory::rows());
-    rows.extend(time::rows());
+    for part in [
+        ends::rows,
+        output::rows,
+        memory::rows,
+        time::rows,
+        input::rows,
+        bounds::rows,
+        commands::rows,
+        users::rows,
+        steps::rows,
+        layers::rows,
+        volumes::rows,
+    ] {
+        rows.extend(part());
+    }
     if let Ok(word) = std::env::var("HUTCH_ROWS") {
         rows.retain(|row| row.name.contains(&word));
     }

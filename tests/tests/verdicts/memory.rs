@@ -22,7 +22,7 @@ pub(crate) fn rows() -> Vec<Row> {
 }
 
 fn too_much_rows() -> Vec<Row> {
-    let dd = |path: &str| sh(&format!("dd if=/dev/zero of={path} bs=1M count=200; echo survived"));
+    let dd = |path: &str| sh(&format!("dd if=/dev/zero of={path} bs=1M count=200; sleep 20; echo survived"));
     vec![
         too_much("memory by malloc", probe("heap 256")).stdout(""),
         too_much("memory by mmap", probe("map 256")).stdout(""),

@@ -51,6 +51,11 @@ pub(crate) fn steps(steps: Value) -> Spec {
 }
 
 impl Spec {
+    /// Layers alone.
+    pub(crate) fn bare(layers: &[&str]) -> Self {
+        Self(json!({"layers": layers}))
+    }
+
     /// Sets a field.
     pub(crate) fn set(mut self, name: &str, value: Value) -> Self {
         self.0[name] = value;

@@ -39,11 +39,10 @@ impl Prefixes {
     }
 
     /// Calls `visit` with every prefix that ends before a slash, then with the whole, and the place where the
-    /// last part begins.
+    /// last part begins: never at a slash, since a name with one would be looked up from another root.
     fn each(&mut self, mut visit: impl FnMut(&CStr, usize) -> Result<()>) -> Result<()> {
-        // Where the last part begins: behind a slash in front, if there is one.
-        let mut last = usize::from(self.bytes[0] == b'/');
-        for end in 1..=self.length {
+        let mut last = self.bytes.iter().take_while(|byte| **byte == b'/').count();
+        for end in last + 1..=self.length {
             if end < self.length && self.bytes[end] != b'/' {
                 continue;
             }
@@ -75,7 +74,7 @@ pub(super) fn make_directory(root: BorrowedFd<'_>, path: &CStr, mode: u32, owner
                 if name.to_bytes().contains(&b'/') {
                     return Err(Errno::EINVAL);
                 }
-                mkdirat(here.as_fd(), name, Mode::from_bits_truncate(mode))?;
+                make_one(here.as_fd(), name, mode, owner)?;
                 let made = open_beneath(here.as_fd(), name, flags, 0, RESOLVE_NO_MAGICLINKS)?;
                 change_owner(made.as_fd(), owner)?;
                 made
@@ -85,6 +84,29 @@ pub(super) fn make_directory(root: BorrowedFd<'_>, path: &CStr, mode: u32, owner
         Ok(())
     })?;
     Ok(here)
+}
+
+/// Makes one directory. On a mount that shows owners through the sandbox's ids there is no place for ours: there it is
+/// made as the owner.
+fn make_one(dir: BorrowedFd<'_>, name: &CStr, mode: u32, owner: Owner) -> Result<()> {
+    let mode = Mode::from_bits_truncate(mode);
+    match mkdirat(dir, name, mode) {
+        Err(Errno::EOVERFLOW) => as_owner(owner, || mkdirat(dir, name, mode)),
+        other => other,
+    }
+}
+
+/// Does one thing with the file-system ids of another: setfsuid(2), which is for this thread alone and gives back
+/// what it takes of capabilities.
+fn as_owner<T>(owner: Owner, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+    let (uid, gid) = (setfsuid(Uid::from_raw(u32::MAX)), setfsgid(Gid::from_raw(u32::MAX)));
+    setfsgid(Gid::from_raw(owner.gid));
+    setfsuid(Uid::from_raw(owner.uid));
+    let done = work();
+    setfsuid(uid);
+    setfsgid(gid);
+    done
 }
 
 /// Gives what is behind an O_PATH descriptor to an owner: fchownat(2).
@@ -177,25 +199,29 @@ pub(super) fn copy_part(from: BorrowedFd<'_>, offset: u64, length: u64, to: &Own
 mod tests {
     use super::*;
 
+    fn parts(path: &CStr) -> Vec<(String, String)> {
+        let mut all = Vec::new();
+        Prefixes::of(path)
+            .expect("short")
+            .each(|prefix, last| {
+                let text = prefix.to_str().expect("text");
+                all.push((text.to_owned(), text[last..].to_owned()));
+                Ok(())
+            })
+            .expect("visited");
+        all
+    }
+
     #[test]
-    fn a_path_is_cut_at_its_slashes() {
-        for (path, wanted) in [
-            (c"/tmp", vec![("/tmp", "tmp")]),
-            (c"/a/bc/d", vec![("/a", "a"), ("/a/bc", "bc"), ("/a/bc/d", "d")]),
-            (c"a/b", vec![("a", "a"), ("a/b", "b")]),
-            (c"/", vec![]),
-        ] {
-            let mut seen = Vec::new();
-            let mut prefixes = Prefixes::of(path).expect("short");
-            prefixes
-                .each(|prefix, last| {
-                    let text = prefix.to_str().expect("text");
-                    seen.push((text.to_owned(), text[last..].to_owned()));
-                    Ok(())
-                })
-                .expect("all");
-            let seen: Vec<_> = seen.iter().map(|(prefix, name)| (prefix.as_str(), name.as_str())).collect();
-            assert_eq!(seen, wanted);
-        }
+    fn the_parts_of_a_path_are_names() {
+        let pairs = |wanted: &[(&str, &str)]| -> Vec<(String, String)> {
+            wanted.iter().map(|(prefix, name)| ((*prefix).to_owned(), (*name).to_owned())).collect()
+        };
+        assert_eq!(parts(c"/v"), pairs(&[("/v", "v")]));
+        assert_eq!(parts(c"/a/bc/d"), pairs(&[("/a", "a"), ("/a/bc", "bc"), ("/a/bc/d", "d")]));
+        assert_eq!(parts(c"proc"), pairs(&[("proc", "proc")]));
+        assert_eq!(parts(c"//a//b/"), pairs(&[("//a", "a"), ("//a//b", "b")]));
+        assert_eq!(parts(c"/"), pairs(&[]));
+        assert_eq!(parts(c""), pairs(&[]));
     }
 }

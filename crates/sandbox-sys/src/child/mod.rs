@@ -197,6 +197,8 @@ fn retire(sandbox: &Sandbox<'_>) -> Result<()> {
     prctl(libc::PR_SET_KEEPCAPS, 1, 0)?;
     crate::process::set_ids(base, base)?;
     keep_capabilities(CAP_KILL)?;
+    // A change of ids takes it away: PR_SET_PDEATHSIG(2const).
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     nix::sys::prctl::set_no_new_privs()
 }
 
