@@ -14,13 +14,15 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, 
 use crate::{Errno, Result};
 
 /// The most descriptors in one message: SCM_MAX_FD of the kernel.
-const MAX_FDS: usize = 253;
+pub(crate) const MAX_FDS: usize = 253;
 /// The most bytes in a packet; larger bodies go in a memfd.
-const MAX_PACKET: usize = 64 << 10;
+pub(crate) const MAX_PACKET: usize = 64 << 10;
 /// The most bytes of a body.
-const MAX_BODY: u64 = 64 << 20;
-const INLINE: u8 = 0;
-const IN_MEMFD: u8 = 1;
+pub(crate) const MAX_BODY: u64 = 64 << 20;
+/// First byte of a packet: the body follows.
+pub(crate) const INLINE: u8 = 0;
+/// First byte of a packet: the body is in the last descriptor.
+pub(crate) const IN_MEMFD: u8 = 1;
 
 /// One end of the channel; a message and its answer are one after the other.
 #[derive(Debug)]

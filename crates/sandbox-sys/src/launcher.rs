@@ -1,11 +1,11 @@
 //! The launcher: a small process with one thread from which sandboxes are cloned.
 //!
 //! `fork` splits it off before any thread starts; it enters its own small root, then serves requests
-//! one after another: start a sandbox, make a user namespace to show layers through, remember
-//! where the cgroups are. When the other end of its socket closes, its worker is gone: it kills
+//! one after another: clone an init that waits for its order, make a user namespace to show layers
+//! through, remember where the cgroups are. When the other end of its socket closes, its worker is gone: it kills
 //! every sandbox, waits until the last process is dead, removes the cgroups, and ends.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
@@ -21,17 +21,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::bpf::Instruction;
 use crate::channel::Channel;
-use crate::child::{Given, Sandbox, Workspace};
+use crate::child::Workspace;
+use crate::child::parked::{open_namespace, user_namespace};
 use crate::plan::{IdRange, Plan};
-use crate::process::{Cloned, clone_process, exit_now, flags, forget_arguments, reset_signal};
-use crate::spare::{Nascent, Spare, open_namespace, user_namespace};
+use crate::process::{Cloned, clone_process, exit_now, flags, forget_arguments, reset_signals};
 use crate::tinyroot::{self, OldRoot};
 use crate::{Errno, Result, child};
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Request {
-    /// Start a sandbox; the answer's descriptors are a pidfd of its init and its mount namespace.
-    Start(Box<Plan>),
+    /// Clone an init that prepares itself and waits for its order; the answer's descriptors are a pidfd of it, its
+    /// mount namespace, and the socket for the order.
+    Park(IdRange),
     /// Make a user namespace with this map; the answer's descriptor is the namespace.
     Userns(IdRange),
     /// Remove these cgroups at the end; one descriptor each, of the directory they lie in.
@@ -47,13 +48,35 @@ pub struct CgroupHome<'a> {
     pub name: &'a str,
 }
 
+/// An init that waits for its order: all of a sandbox that is the same for every job. It is used once; dropping it
+/// ends it.
+#[derive(Debug)]
+pub struct Parked {
+    init: OwnedFd,
+    mounts: OwnedFd,
+    socket: Channel,
+}
+
+impl Parked {
+    /// Gives the order to build a sandbox and run a program in it. `fds` are those that the plan names; whatever goes
+    /// wrong from here on is told on the plan's report pipe.
+    ///
+    /// # Errors
+    /// EPIPE or ECONNRESET if init has ended meanwhile; E2BIG if there are too many descriptors.
+    pub fn start(self, plan: &Plan, fds: &[BorrowedFd<'_>]) -> Result<Started> {
+        let body = postcard::to_stdvec(plan).map_err(|_| Errno::EINVAL)?;
+        self.socket.send(&body, fds)?;
+        Ok(Started { init: self.init, mounts: self.mounts })
+    }
+}
+
 /// A sandbox that was started.
 #[derive(Debug)]
 pub struct Started {
     /// A pidfd of its init: readable when the last process of the sandbox is dead.
     pub init: OwnedFd,
-    /// Its mount namespace: while this is held, its mounts need not be taken down. None if it has ended already.
-    pub mounts: Option<OwnedFd>,
+    /// Its mount namespace: while this is held, its mounts need not be taken down.
+    pub mounts: OwnedFd,
 }
 
 /// The worker's handle on its launcher. When it is dropped, the launcher ends and every sandbox with it.
@@ -90,16 +113,15 @@ impl Launcher {
         }
     }
 
-    /// Starts a sandbox. `fds` are those that the plan names.
+    /// Has an init cloned that prepares itself for a sandbox with these ids.
     ///
     /// # Errors
     /// What clone3(2) answers; EPIPE if the launcher is gone.
-    pub fn start(&self, plan: Plan, fds: &[BorrowedFd<'_>]) -> Result<Started> {
-        let mut answer = self.request(Some(&Request::Start(Box::new(plan))), fds)?.into_iter();
-        match (answer.next(), answer.next()) {
-            (Some(init), mounts) => Ok(Started { init, mounts }),
-            (None, _) => Err(Errno::EBADMSG),
-        }
+    pub fn park(&self, ids: IdRange) -> Result<Parked> {
+        let answer: [OwnedFd; 3] =
+            self.request(Some(&Request::Park(ids)), &[])?.try_into().map_err(|_| Errno::EBADMSG)?;
+        let [init, mounts, socket] = answer;
+        Ok(Parked { init, mounts, socket: Channel::new(socket) })
     }
 
     /// A user namespace with this id map, for showing the owners of layers.
@@ -151,12 +173,6 @@ struct Service {
     filter: Vec<Instruction>,
     children: BTreeSet<libc::pid_t>,
     cgroups: Vec<(OwnedFd, String)>,
-    /// Namespaces made ahead, by the base of their ids.
-    spares: BTreeMap<u32, Spare>,
-    /// Those that are being made.
-    nascent: Vec<Nascent>,
-    /// The ids whose spare was just used.
-    used: Option<IdRange>,
     workspace: Workspace,
 }
 
@@ -166,9 +182,13 @@ fn serve(channel: &Channel, filter: Vec<Instruction>) -> Result<()> {
     answer(channel, &begun.as_ref().map(|_| Vec::new()).map_err(|e| *e))?;
     let (mut service, signals) = begun?;
     loop {
-        let [asked, child_ended, nascent @ ..] = &service.wait(channel, &signals)?[..] else { continue };
-        let (asked, child_ended) = (*asked, *child_ended);
-        service.take_spares(nascent);
+        let mut ready =
+            [PollFd::new(channel.fd(), PollFlags::POLLIN), PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut ready, PollTimeout::NONE) {
+            Err(Errno::EINTR) => continue,
+            other => other?,
+        };
+        let [asked, child_ended] = ready.map(|fd| fd.any().unwrap_or(true));
         if child_ended {
             while matches!(signals.read_signal(), Ok(Some(_))) {}
             service.reap();
@@ -181,7 +201,6 @@ fn serve(channel: &Channel, filter: Vec<Instruction>) -> Result<()> {
                     if answer(channel, &done).is_err() {
                         break;
                     }
-                    service.begin_spare();
                 }
                 Err(Errno::EINTR) => {}
                 Err(e) => answer(channel, &Err(e))?,
@@ -198,8 +217,8 @@ fn begin(filter: Vec<Instruction>) -> Result<(Service, SignalFd)> {
     // SAFETY: the launcher has one thread, and uses neither arguments nor environment.
     unsafe { forget_arguments(b"hutch-init") };
     nix::sys::prctl::set_name(c"hutch-init")?;
-    // A process that was started with SIGCHLD ignored could not wait for its children: wait(2).
-    reset_signal(libc::SIGCHLD)?;
+    // What was ignored when this process began would be ignored in every sandbox.
+    reset_signals()?;
     let mut mask = SigSet::empty();
     for signal in [Signal::SIGCHLD, Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
         mask.add(signal);
@@ -214,9 +233,6 @@ fn begin(filter: Vec<Instruction>) -> Result<(Service, SignalFd)> {
         filter,
         children: BTreeSet::new(),
         cgroups: Vec::new(),
-        spares: BTreeMap::new(),
-        nascent: Vec::new(),
-        used: None,
         workspace: Workspace::new(),
     };
     Ok((service, signals))
@@ -232,19 +248,9 @@ fn answer(channel: &Channel, done: &Result<Vec<OwnedFd>>) -> Result<()> {
 }
 
 impl Service {
-    /// Waits for the socket, the signals and the nascent spares, and says which of them are ready; nothing if interrupted.
-    fn wait(&self, channel: &Channel, signals: &SignalFd) -> Result<Vec<bool>> {
-        let fds = [channel.fd(), signals.as_fd()].into_iter().chain(self.nascent.iter().map(Nascent::ready));
-        let mut ready: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-        match poll(&mut ready, PollTimeout::NONE) {
-            Err(Errno::EINTR) => Ok(Vec::new()),
-            other => other.map(|_| ready.iter().map(|fd| fd.any().unwrap_or(true)).collect()),
-        }
-    }
-
     fn perform(&mut self, body: &[u8], fds: Vec<OwnedFd>) -> Result<Vec<OwnedFd>> {
         match postcard::from_bytes(body).map_err(|_| Errno::EBADMSG)? {
-            Request::Start(plan) => self.start(&plan, &fds),
+            Request::Park(ids) => self.park(ids),
             Request::Userns(ids) => {
                 user_namespace(self.old_root.proc_dir.as_fd(), ids).map(|userns| vec![userns])
             }
@@ -256,44 +262,20 @@ impl Service {
         }
     }
 
-    fn start(&mut self, plan: &Plan, fds: &[OwnedFd]) -> Result<Vec<OwnedFd>> {
-        let (userns, network) = match self.spares.remove(&plan.ids.base) {
-            Some(Spare { userns, network }) => (userns, Some(network)),
-            None => (user_namespace(self.old_root.proc_dir.as_fd(), plan.ids)?, None),
-        };
-        self.used = Some(plan.ids);
-        let given = Given { fds, userns: userns.as_fd(), network: network.as_ref().map(OwnedFd::as_fd) };
-        let mut sandbox = Sandbox::new(plan, given, &self.filter, &mut self.workspace)?;
+    fn park(&mut self, ids: IdRange) -> Result<Vec<OwnedFd>> {
+        let (here, there) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let namespaces = flags::NEWPID | flags::NEWNS | flags::NEWIPC | flags::NEWUTS;
         // SAFETY: the launcher has one thread, and `init` never returns.
         match unsafe { clone_process(namespaces, None) }? {
-            Cloned::Child => child::init(&mut sandbox),
+            Cloned::Child => {
+                drop(here);
+                child::init(&mut self.workspace, there.as_fd(), ids, &self.filter)
+            }
             Cloned::Parent { pid, pidfd } => {
                 self.children.insert(pid);
-                // It may have come to its end by now.
-                let mounts = open_namespace(self.old_root.proc_dir.as_fd(), pid, "mnt").ok();
-                Ok([pidfd].into_iter().chain(mounts).collect())
-            }
-        }
-    }
-
-    /// Begins with the next sandbox's namespaces while nobody waits.
-    fn begin_spare(&mut self) {
-        if let Some(ids) = self.used.take()
-            && let Ok(nascent) = Nascent::begin(ids)
-        {
-            self.nascent.push(nascent);
-        }
-    }
-
-    /// Takes the spares that are made. One that failed is made again when it is needed, and the failure is seen then.
-    fn take_spares(&mut self, ready: &[bool]) {
-        let mut ready = ready.iter();
-        let made: Vec<_> = self.nascent.extract_if(.., |_| ready.next() == Some(&true)).collect();
-        for nascent in made {
-            let base = nascent.ids.base;
-            if let Ok(spare) = nascent.finish(self.old_root.proc_dir.as_fd()) {
-                self.spares.insert(base, spare);
+                let mounts = open_namespace(self.old_root.proc_dir.as_fd(), pid, "mnt")?;
+                Ok(vec![pidfd, mounts, here])
             }
         }
     }

@@ -99,11 +99,6 @@ impl Stack {
     pub(crate) fn new(kib: usize) -> Self {
         Self(vec![0; kib * 64].into_boxed_slice())
     }
-
-    /// No stack; takes no memory.
-    pub(crate) fn empty() -> Self {
-        Self(Box::new([]))
-    }
 }
 
 /// Starts a process that shares this one's memory: this one waits until the other has exec'ed or ended
@@ -311,7 +306,7 @@ pub(crate) fn install_filter(filter: &[Instruction]) -> Result<()> {
 
 /// Lets one signal act as it does by default: rt_sigaction(2). The raw call, since the C library keeps two of them
 /// to itself, and they too may have come ignored from whoever started us.
-pub(crate) fn reset_signal(signal: libc::c_int) -> Result<()> {
+fn reset_signal(signal: libc::c_int) -> Result<()> {
     /// Layout of the kernel's `struct sigaction`; all zero is SIG_DFL.
     #[repr(C)]
     #[derive(Default)]
@@ -335,10 +330,8 @@ pub(crate) fn reset_signal(signal: libc::c_int) -> Result<()> {
     check(answer).map(drop)
 }
 
-/// Lets every signal act as it does by default and unblocks all, for a program that will be run: what a worker
-/// ignores, or came to ignore by nohup(1) or a shell's `&`, is no business of a job's.
+/// Lets every signal act as it does by default; ignored ones would stay so over exec: signal(7).
 pub(crate) fn reset_signals() -> Result<()> {
-    use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
     const LAST: libc::c_int = 64;
     for signal in 1..=LAST {
         match reset_signal(signal) {
@@ -347,6 +340,12 @@ pub(crate) fn reset_signals() -> Result<()> {
             other => other?,
         }
     }
+    Ok(())
+}
+
+/// Unblocks all signals, for a program that will be run.
+pub(crate) fn unblock_signals() -> Result<()> {
+    use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)
 }
 

@@ -24,7 +24,7 @@ use crate::plan::{Abilities, JobPlan, StepPlan};
 use crate::prepare::{DiskUse, Prepared, volumes_dir};
 use crate::refusal::Refusal;
 use crate::report::{Durations, Report};
-use crate::spawn::{Means, spawn, with_source};
+use crate::spawn::{Means, ParkedInits, spawn, with_source};
 use crate::supervise::{Exited, supervise};
 use crate::verdict::{End, Observed, Verdict, decide};
 use crate::{failure, seccomp};
@@ -81,7 +81,7 @@ struct Inner {
     ids: IdRanges,
     userns: Vec<OwnedFd>,
     dev_null: OwnedFd,
-    masks: Vec<(&'static str, hutch_sandbox_sys::MaskKind)>,
+    parked: ParkedInits,
     reaped: u64,
     gauges: Mutex<BTreeMap<u32, LiveGroup>>,
 }
@@ -158,7 +158,7 @@ impl Engine {
             ids,
             userns,
             dev_null,
-            masks: host::masks(),
+            parked: ParkedInits::default(),
             reaped,
             gauges: Mutex::new(BTreeMap::new()),
         })))
@@ -166,7 +166,7 @@ impl Engine {
 
     /// Runs one job to its verdict. Whatever goes wrong is in the report.
     pub async fn run(&self, order: Order, observer: &dyn Observer) -> Report {
-        let mut course = Course::begin(self.clone());
+        let mut course = Course::begin(self.clone(), order.slot);
         let plan = match JobPlan::new(&order.job, &self.0.config, &self.0.abilities) {
             Ok(plan) => plan,
             Err(refusal) => return course.refused(refusal),
@@ -190,11 +190,12 @@ impl Engine {
     ) -> Result<Prepared, Refusal> {
         let inner = &*self.0;
         let ids = inner.ids.of(order.slot).ok_or_else(|| Refusal::host("there is no such slot"))?;
-        let prepared = Prepared::new(plan, &inner.config, inner.host.as_ref(), &inner.masks, ids)?;
+        let prepared = Prepared::new(plan, &inner.config, inner.host.as_ref(), ids)?;
         let told = AtomicBool::new(false);
         for (index, step) in plan.steps.iter().enumerate() {
             let means = Means {
                 launcher: &inner.launcher,
+                parked: &inner.parked,
                 cgroups: &inner.cgroups,
                 userns: inner.userns[order.slot as usize].as_fd(),
                 dev_null: inner.dev_null.as_fd(),
@@ -269,6 +270,7 @@ pub struct Remains {
     prepared: Option<Prepared>,
     cgroups: Vec<JobCgroup>,
     engine: Engine,
+    slot: u32,
 }
 
 impl Drop for Remains {
@@ -278,6 +280,9 @@ impl Drop for Remains {
         self.cgroups.clear();
         let inner = &*self.engine.0;
         inner.cgroups.make_spare(inner.config.slots as usize);
+        if let Some(ids) = inner.ids.of(self.slot) {
+            inner.parked.refill(&inner.launcher, ids);
+        }
     }
 }
 
@@ -348,7 +353,7 @@ struct Course {
 }
 
 impl Course {
-    fn begin(engine: Engine) -> Self {
+    fn begin(engine: Engine, slot: u32) -> Self {
         let (now, at) = (hutch_sandbox_sys::process::monotonic_ns(), Timestamp::now());
         Self {
             begun: Instant::now(),
@@ -360,7 +365,7 @@ impl Course {
             steps: Vec::new(),
             decided: None,
             usage: Usage::default(),
-            remains: Remains { mounts: Vec::new(), prepared: None, cgroups: Vec::new(), engine },
+            remains: Remains { mounts: Vec::new(), prepared: None, cgroups: Vec::new(), engine, slot },
         }
     }
 
@@ -384,7 +389,7 @@ impl Course {
         };
         let (cgroup, mounts) = exited.remains;
         self.remains.cgroups.push(cgroup);
-        self.remains.mounts.extend(mounts);
+        self.remains.mounts.push(mounts);
         let out_of_memory = exited.readings.oom_kills > 0;
         let verdict = match exited.records.failed {
             Some(record) if !out_of_memory && exited.cause.is_none() => failure::explain(record, plan, step)?,

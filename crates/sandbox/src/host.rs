@@ -1,39 +1,11 @@
-//! What this host is: id ranges that are ours, paths of /proc to mask, limits that cannot be raised.
+//! What this host is: id ranges that are ours, limits that cannot be raised.
 
 use std::fs::{self, File, OpenOptions};
 use std::path::Path;
 
-use hutch_sandbox_sys::{IdRange, MaskKind};
+use hutch_sandbox_sys::IdRange;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
-
-/// Paths of /proc that tell of the host or reach into it: the lists of the OCI runtimes, and those of
-/// the kernel's symbols and messages.
-const MASKS: &[(&str, MaskKind)] = &[
-    ("acpi", MaskKind::Directory),
-    ("asound", MaskKind::Directory),
-    ("interrupts", MaskKind::File),
-    ("kallsyms", MaskKind::File),
-    ("kcore", MaskKind::File),
-    ("keys", MaskKind::File),
-    ("key-users", MaskKind::File),
-    ("kmsg", MaskKind::File),
-    ("latency_stats", MaskKind::File),
-    ("sched_debug", MaskKind::File),
-    ("scsi", MaskKind::Directory),
-    ("timer_list", MaskKind::File),
-    ("timer_stats", MaskKind::File),
-    ("bus", MaskKind::ReadOnly),
-    ("fs", MaskKind::ReadOnly),
-    ("irq", MaskKind::ReadOnly),
-    ("sys", MaskKind::ReadOnly),
-    ("sysrq-trigger", MaskKind::ReadOnly),
-];
-
-/// The masks for what this kernel's /proc has.
-pub(crate) fn masks() -> Vec<(&'static str, MaskKind)> {
-    MASKS.iter().copied().filter(|(path, _)| Path::new("/proc").join(path).exists()).collect()
-}
 
 /// The most open files that this process may allow: RLIMIT_NOFILE.
 pub(crate) fn max_open_files() -> u64 {

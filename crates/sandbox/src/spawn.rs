@@ -1,8 +1,13 @@
 //! From prepared to running: pipes, cgroup, plan, and the launcher's word that init lives.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
-use hutch_sandbox_sys::{FdIndex, FileWrite, IdRange, Launcher, Plan, Program, ProgramCgroup, Started};
+use hutch_sandbox_sys::{
+    Errno, FdIndex, FileWrite, IdRange, Launcher, Parked, Plan, Program, ProgramCgroup, Started,
+};
+use std::sync::{Mutex, PoisonError};
+
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 
@@ -17,7 +22,7 @@ pub(crate) struct Running {
     /// init; when it is dead, so is everything in the sandbox.
     pub(crate) init: OwnedFd,
     /// Its mount namespace: while this is held, nobody waits for its mounts to be taken down.
-    pub(crate) mounts: Option<OwnedFd>,
+    pub(crate) mounts: OwnedFd,
     /// Where records come from.
     pub(crate) report: OwnedFd,
     pub(crate) stdout: OwnedFd,
@@ -44,10 +49,41 @@ impl<'a> FdList<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Means<'a> {
     pub(crate) launcher: &'a Launcher,
+    pub(crate) parked: &'a ParkedInits,
     pub(crate) cgroups: &'a Cgroups,
     pub(crate) userns: BorrowedFd<'a>,
     pub(crate) dev_null: BorrowedFd<'a>,
     pub(crate) ids: IdRange,
+}
+
+/// Inits that wait for an order, one for each slot that has been used.
+#[derive(Debug, Default)]
+pub(crate) struct ParkedInits(Mutex<BTreeMap<u32, Parked>>);
+
+impl ParkedInits {
+    fn take(&self, ids: IdRange) -> Option<Parked> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&ids.base)
+    }
+
+    /// Has the next one made. A failure shows when it is needed.
+    pub(crate) fn refill(&self, launcher: &Launcher, ids: IdRange) {
+        if let Ok(parked) = launcher.park(ids) {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(ids.base, parked);
+        }
+    }
+}
+
+impl Means<'_> {
+    /// Gives the order to an init that waits, or to a new one. One that was killed while it waited is no fault of the job.
+    fn start(&self, plan: &Plan, fds: &[BorrowedFd<'_>]) -> hutch_sandbox_sys::Result<Started> {
+        match self.parked.take(self.ids).map(|parked| parked.start(plan, fds)) {
+            Some(Ok(started)) => Ok(started),
+            Some(Err(Errno::EPIPE | Errno::ECONNRESET | Errno::ENOTCONN)) | None => {
+                self.launcher.park(self.ids)?.start(plan, fds)
+            }
+            Some(Err(e)) => Err(e),
+        }
+    }
 }
 
 /// Starts one step of a job.
@@ -111,11 +147,9 @@ pub(crate) fn spawn(
             stdio: [stdin_index, stdout_index, stderr_index],
         },
     };
-    let started = means
-        .launcher
-        .start(plan, &fds.0)
+    let Started { init, mounts } = means
+        .start(&plan, &fds.0)
         .map_err(|e| Refusal::host(format!("the launcher could not start a sandbox: {}", e.desc())))?;
-    let Started { init, mounts } = started;
     Ok(Running { init, mounts, report, stdout, stderr, out_of_memory, cgroup })
 }
 
@@ -129,7 +163,7 @@ fn file_writes(job: &JobPlan) -> Vec<FileWrite> {
         .iter()
         .map(|file| {
             let length = file.bytes.len() as u64;
-            let path = std::ffi::CString::new(file.path.as_str()).unwrap_or_default();
+            let path = std::ffi::CString::new(file.path.as_str()).unwrap_or_default().into();
             let write = FileWrite { path, offset, length, mode: file.mode };
             offset += length;
             write

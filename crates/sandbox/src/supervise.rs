@@ -44,7 +44,7 @@ pub(crate) struct Exited {
     /// CLOCK_MONOTONIC when the tree was dead, nanoseconds.
     pub(crate) dead_ns: u64,
     /// Its cgroup and its mount namespace, to be taken down when nobody waits.
-    pub(crate) remains: (JobCgroup, Option<OwnedFd>),
+    pub(crate) remains: (JobCgroup, OwnedFd),
 }
 
 /// What came over the report pipe.
@@ -393,7 +393,7 @@ impl Watch<'_> {
         Ok(Flow::More)
     }
 
-    fn finish(mut self, dead_ns: u64, mounts: Option<OwnedFd>) -> Exited {
+    fn finish(mut self, dead_ns: u64, mounts: OwnedFd) -> Exited {
         self.note_disk();
         let readings = self.cgroup.readings();
         Exited {

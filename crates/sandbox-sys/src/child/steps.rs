@@ -8,12 +8,12 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::Mode;
 
 use super::files::{Owner, RESOLVE, make_directory};
-use super::{Failure, Sandbox};
+use super::{Failure, Sandbox, parked};
 use crate::mount::{
-    NODEV, NOEXEC, NOSUID, NewFilesystem, RDONLY, RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, attach, clone_tree,
-    open_beneath, restrict,
+    NODEV, NOSUID, NewFilesystem, RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, attach, clone_tree, open_beneath,
+    relocate, restrict,
 };
-use crate::plan::{MaskKind, Step};
+use crate::order::{List, StepRef, TextRef};
 use crate::record::Stage;
 use crate::{Errno, Result};
 
@@ -22,53 +22,48 @@ struct Site<'a> {
     sandbox: &'a Sandbox<'a>,
     /// The sandbox's root, once its overlay is there.
     root: Option<OwnedFd>,
-    /// The sandbox's own /proc, once it is there.
-    proc_mount: Option<OwnedFd>,
     /// The sandbox's uid 0, as the host sees it.
     owner: Owner,
 }
 
 /// Walks all steps; a failure names the step.
 pub(super) fn walk(sandbox: &Sandbox<'_>) -> core::result::Result<(), Failure> {
-    let base = sandbox.plan.ids.base;
-    let mut site = Site { sandbox, root: None, proc_mount: None, owner: Owner { uid: base, gid: base } };
-    for (index, step) in sandbox.plan.steps.iter().enumerate() {
+    let base = sandbox.order.ids.base;
+    let mut site = Site { sandbox, root: None, owner: Owner { uid: base, gid: base } };
+    for (index, step) in sandbox.order.steps.enumerate() {
+        let failed = Failure::of(Stage::Step, index);
+        let step = step.map_err(&failed)?;
         site.perform(step).map_err(|errno| match step {
-            Step::Volume { index, .. } => Failure { stage: Stage::Volume, errno, index: *index },
-            _ => Failure::of(Stage::Step, index)(errno),
+            StepRef::Volume { index, .. } => Failure { stage: Stage::Volume, errno, index },
+            _ => failed(errno),
         })?;
     }
     Ok(())
 }
 
 impl Site<'_> {
-    fn perform(&mut self, step: &Step) -> Result<()> {
+    fn perform(&mut self, step: StepRef<'_>) -> Result<()> {
         match step {
-            Step::Attach { mount, target } => attach(self.sandbox.fd(*mount)?, AT_FDCWD, target),
-            Step::Overlay { lowers, upper, work, target } => self.overlay(lowers, upper, work, target),
-            Step::Directory { inside, mode } => {
-                make_directory(self.root()?, inside, *mode, self.owner).map(drop)
+            StepRef::Attach { mount, target } => attach(self.sandbox.fd(mount)?, AT_FDCWD, target.get()?),
+            StepRef::Overlay { lowers, upper, work, target } => {
+                self.overlay(lowers, upper.get()?, work.get()?, target.get()?)
             }
-            Step::Devices => self.devices(),
-            Step::Volume { mount, inside, .. } => {
-                let place = make_directory(self.root()?, inside, 0o755, self.owner)?;
-                attach(self.sandbox.fd(*mount)?, place.as_fd(), c"")
+            StepRef::Directory { inside, mode } => {
+                make_directory(self.root()?, inside.get()?, mode, self.owner).map(drop)
             }
-            Step::Bind { source, inside, attributes } => {
-                let mount = clone_tree(AT_FDCWD, source)?;
-                restrict(mount.as_fd(), *attributes)?;
-                let place = open_beneath(self.root()?, inside, libc::O_PATH, 0, RESOLVE)?;
+            StepRef::Devices => relocate(parked::DEVICES, self.own_directory(c"dev")?.as_fd()),
+            StepRef::Volume { mount, inside, .. } => {
+                let place = make_directory(self.root()?, inside.get()?, 0o755, self.owner)?;
+                attach(self.sandbox.fd(mount)?, place.as_fd(), c"")
+            }
+            StepRef::Bind { source, inside, attributes } => {
+                let mount = clone_tree(AT_FDCWD, source.get()?)?;
+                restrict(mount.as_fd(), attributes)?;
+                let place = open_beneath(self.root()?, inside.get()?, libc::O_PATH, 0, RESOLVE)?;
                 attach(mount.as_fd(), place.as_fd(), c"")
             }
-            Step::Proc => {
-                let mount = NewFilesystem::open(c"proc")?.mount(NOSUID | NODEV | NOEXEC)?;
-                let place = self.own_directory(c"proc")?;
-                attach(mount.as_fd(), place.as_fd(), c"")?;
-                self.proc_mount = Some(mount);
-                Ok(())
-            }
-            Step::Mask { name, kind } => self.mask(name, *kind),
-            Step::Pivot => self.pivot(),
+            StepRef::Proc => relocate(parked::PROC, self.own_directory(c"proc")?.as_fd()),
+            StepRef::Pivot => self.pivot(),
         }
     }
 
@@ -87,7 +82,7 @@ impl Site<'_> {
 
     fn overlay(
         &mut self,
-        lowers: &[std::ffi::CString],
+        lowers: List<'_, TextRef<'_>>,
         upper: &CStr,
         work: &CStr,
         target: &CStr,
@@ -97,7 +92,7 @@ impl Site<'_> {
         // An id of its own for each file system costs an xattr; kernels before 6.6 do not have the choice.
         let _ = overlay.set(c"uuid", c"null");
         for lower in lowers {
-            overlay.set(c"lowerdir+", lower)?;
+            overlay.set(c"lowerdir+", lower?.get()?)?;
         }
         overlay.set(c"upperdir", upper)?;
         overlay.set(c"workdir", work)?;
@@ -113,41 +108,6 @@ impl Site<'_> {
                 let place = make_directory(self.root()?, target, 0o755, self.owner)?;
                 attach(mount.as_fd(), place.as_fd(), c"")
             }
-        }
-    }
-
-    fn devices(&self) -> Result<()> {
-        let tree = clone_tree(AT_FDCWD, c"/dev")?;
-        let place = self.own_directory(c"dev")?;
-        attach(tree.as_fd(), place.as_fd(), c"")?;
-        let terminals = NewFilesystem::open(c"devpts")?;
-        terminals.set_flag(c"newinstance")?;
-        terminals.set(c"ptmxmode", c"0666")?;
-        terminals.set(c"mode", c"0620")?;
-        let terminals = terminals.mount(NOSUID | NOEXEC)?;
-        let place =
-            open_beneath(self.root()?, c"dev/pts", libc::O_PATH, 0, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)?;
-        attach(terminals.as_fd(), place.as_fd(), c"")
-    }
-
-    /// Covers a path of the sandbox's own /proc, of which no layer has a say.
-    fn mask(&self, name: &CStr, kind: MaskKind) -> Result<()> {
-        let proc_mount = self.proc_mount.as_ref().map(OwnedFd::as_fd).ok_or(Errno::ENOTDIR)?;
-        let cover = match kind {
-            MaskKind::File => clone_tree(AT_FDCWD, c"/dev/null"),
-            MaskKind::Directory => clone_tree(AT_FDCWD, c"/e"),
-            MaskKind::ReadOnly => clone_tree(proc_mount, name),
-        };
-        let cover = match cover {
-            Err(Errno::ENOENT) if kind == MaskKind::ReadOnly => return Ok(()),
-            other => other?,
-        };
-        if kind != MaskKind::File {
-            restrict(cover.as_fd(), RDONLY | NOSUID | NODEV | NOEXEC)?;
-        }
-        match attach(cover.as_fd(), proc_mount, name) {
-            Err(Errno::ENOENT) => Ok(()),
-            other => other,
         }
     }
 

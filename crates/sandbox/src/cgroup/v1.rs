@@ -30,7 +30,7 @@ pub(super) const KEPT: &[(Controller, &str, Access)] = &[
     (Controller::Cpu, "cpu.cfs_quota_us", Access::Write),
     (Controller::Cpu, "cpu.stat", Access::Read),
     (Controller::Cpuacct, "tasks", Access::Write),
-    (Controller::Cpuacct, "cpuacct.usage_user", Access::Read),
+    (Controller::Cpuacct, "cpuacct.usage", Access::Read),
     (Controller::Cpuacct, "cpuacct.usage_sys", Access::Read),
     (Controller::Io, "tasks", Access::Write),
     (Controller::Io, "blkio.throttle.io_service_bytes", Access::Read),
@@ -85,8 +85,10 @@ pub(super) fn read(controller: Controller, place: &Place, readings: &mut Reading
             readings.throttled_us = keyed(&place.text("cpu.stat"), "throttled_time").unwrap_or(0) / 1000;
         }
         Controller::Cpuacct => {
-            readings.cpu_user_us = place.number("cpuacct.usage_user").unwrap_or(0) / 1000;
-            readings.cpu_system_us = place.number("cpuacct.usage_sys").unwrap_or(0) / 1000;
+            // `usage` is exact; how it is split is only sampled, tick by tick.
+            let total = place.number("cpuacct.usage").unwrap_or(0) / 1000;
+            readings.cpu_system_us = (place.number("cpuacct.usage_sys").unwrap_or(0) / 1000).min(total);
+            readings.cpu_user_us = total - readings.cpu_system_us;
         }
         Controller::Io => {
             let text = place.text("blkio.throttle.io_service_bytes");
