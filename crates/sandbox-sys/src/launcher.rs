@@ -252,7 +252,8 @@ impl Service {
         match postcard::from_bytes(body).map_err(|_| Errno::EBADMSG)? {
             Request::Park(ids) => self.park(ids),
             Request::Userns(ids) => {
-                user_namespace(self.old_root.proc_dir.as_fd(), ids).map(|userns| vec![userns])
+                let proc_dir = self.old_root.proc_dir.as_fd();
+                user_namespace(proc_dir, ids, self.workspace.stack()).map(|userns| vec![userns])
             }
             Request::Cgroups(names) if names.len() == fds.len() => {
                 self.cgroups = fds.into_iter().zip(names).collect();

@@ -253,7 +253,9 @@ mod tests {
                 damaged[place] = value;
                 if let Ok(order) = Order::parse(&damaged) {
                     order.steps.for_each(drop);
-                    order.program.argv.for_each(|text| drop(text.and_then(TextRef::get)));
+                    order.program.argv.for_each(|text| {
+                        let _ = text.and_then(TextRef::get);
+                    });
                     order.program.files.for_each(drop);
                 }
             }

@@ -101,21 +101,32 @@ impl Stack {
     }
 }
 
-/// Starts a process that shares this one's memory: this one waits until the other has exec'ed or ended
-/// (CLONE_VM and CLONE_VFORK of clone(2)). No page table is copied, which makes it the cheapest start.
+/// Whether a parent goes on beside a child that shares its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Beside {
+    /// It waits until the child has exec'ed or ended (CLONE_VFORK).
+    Waits,
+    /// It goes on.
+    GoesOn,
+}
+
+/// Starts a process that shares this one's memory (CLONE_VM of clone(2)). No page table is copied, which makes it
+/// the cheapest start.
 ///
 /// # Safety
 /// `run` must not return, and must leave memory such that the parent can go on: it may write only to what `argument`
-/// points to and to its own stack.
+/// points to and to its own stack. If the parent does not wait, the stack must outlive the child, and `run` may not
+/// use the C library beyond plain system calls that do not fail, since both have one `errno`.
 pub(crate) unsafe fn start_sharing(
     flags: u64,
+    parent: Beside,
     cgroup: Option<BorrowedFd<'_>>,
     stack: &mut Stack,
     run: extern "C" fn(*mut libc::c_void) -> !,
     argument: *mut libc::c_void,
 ) -> Result<libc::pid_t> {
     let mut args = CloneArgs {
-        flags: flags | flags::VM | flags::VFORK,
+        flags: flags | flags::VM | if parent == Beside::Waits { flags::VFORK } else { 0 },
         exit_signal: libc::SIGCHLD as u64,
         stack: stack.0.as_mut_ptr() as u64,
         stack_size: size_of_val(&*stack.0) as u64,

@@ -28,7 +28,7 @@ use crate::bpf::Instruction;
 use crate::order::{CgroupRef, Order};
 use crate::plan::{FdIndex, IdRange};
 use crate::process::{
-    CAP_KILL, Stack, close_range, exit_now, keep_capabilities, monotonic_ns, prctl, start_sharing,
+    Beside, CAP_KILL, Stack, close_range, exit_now, keep_capabilities, monotonic_ns, prctl, start_sharing,
 };
 use crate::record::{Record, Stage};
 use crate::{Errno, Result};
@@ -62,6 +62,11 @@ impl Workspace {
             argv: Vec::with_capacity(MAX_ARGV),
             envp: Vec::with_capacity(MAX_ENVP),
         }
+    }
+
+    /// The stack, for a process of the launcher's own.
+    pub(crate) fn stack(&mut self) -> &mut Stack {
+        &mut self.stack
     }
 }
 
@@ -128,8 +133,8 @@ pub(crate) fn init(
     ids: IdRange,
     filter: &[Instruction],
 ) -> ! {
-    let prepared = begin().map_err(Failure::at(Stage::Launch)).and_then(|()| parked::prepare(ids));
     let Workspace { mailbox, database, stack, argv, envp } = workspace;
+    let prepared = begin().map_err(Failure::at(Stage::Launch)).and_then(|()| parked::prepare(ids, stack));
     // Without an order there is nobody to tell anything.
     let Ok(Some((bytes, fds))) = mailbox.receive(socket) else { exit_now(1) };
     let Ok(order) = Order::parse(bytes) else { exit_now(1) };
@@ -192,7 +197,7 @@ fn start_program(sandbox: &mut Sandbox<'_>, stack: &mut Stack) -> core::result::
     };
     let argument = core::ptr::from_mut(sandbox).cast();
     // SAFETY: init has one thread; `run_program` does not return, and writes only to the sandbox that it is given.
-    let pid = unsafe { start_sharing(0, cgroup, stack, run_program, argument) };
+    let pid = unsafe { start_sharing(0, Beside::Waits, cgroup, stack, run_program, argument) };
     pid.map(Pid::from_raw).map_err(&cloning)
 }
 

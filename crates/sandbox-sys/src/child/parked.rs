@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 use super::{Failure, Line};
 use crate::mount::{NODEV, NOEXEC, NOSUID, NewFilesystem, RDONLY, attach, clone_tree, restrict};
 use crate::plan::IdRange;
-use crate::process::{Cloned, clone_process, flags, signal};
+use crate::process::{Beside, Stack, flags, start_sharing};
 use crate::record::Stage;
 use crate::{Errno, Result};
 
@@ -60,11 +60,11 @@ const MASKS: [(&CStr, Mask); 18] = [
 ];
 
 /// Prepares everything and returns the program's user namespace.
-pub(super) fn prepare(ids: IdRange) -> core::result::Result<OwnedFd, Failure> {
+pub(super) fn prepare(ids: IdRange, stack: &mut Stack) -> core::result::Result<OwnedFd, Failure> {
     isolate_network().map_err(Failure::at(Stage::Network))?;
     let proc_mount = mount_proc().map_err(Failure::at(Stage::Launch))?;
     mount_devices().map_err(Failure::at(Stage::Launch))?;
-    user_namespace(proc_mount.as_fd(), ids).map_err(Failure::at(Stage::IdMap))
+    user_namespace(proc_mount.as_fd(), ids, stack).map_err(Failure::at(Stage::IdMap))
 }
 
 /// A new network namespace with loopback up and nothing else: netdevice(7).
@@ -124,23 +124,24 @@ fn mount_devices() -> Result<()> {
 }
 
 /// A user namespace with its ids mapped. A process is started for it, and let go once the namespace is held.
-pub(crate) fn user_namespace(proc_dir: BorrowedFd<'_>, ids: IdRange) -> Result<OwnedFd> {
-    // SAFETY: this process has one thread, and the child only waits to be killed.
-    match unsafe { clone_process(flags::NEWUSER, None) }? {
-        Cloned::Child => {
-            let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
-            loop {
-                nix::unistd::pause();
-            }
-        }
-        Cloned::Parent { pid, pidfd } => {
-            let namespace = write_map(proc_dir, pid, "uid_map", ids)
-                .and_then(|()| write_map(proc_dir, pid, "gid_map", ids))
-                .and_then(|()| open_namespace(proc_dir, pid, "user"));
-            signal(pidfd.as_fd(), libc::SIGKILL)?;
-            waitpid(Pid::from_raw(pid), None)?;
-            namespace
-        }
+pub(crate) fn user_namespace(proc_dir: BorrowedFd<'_>, ids: IdRange, stack: &mut Stack) -> Result<OwnedFd> {
+    // SAFETY: `sleep` does not return, writes nothing, and is dead before this function, and so the stack, is left.
+    let pid =
+        unsafe { start_sharing(flags::NEWUSER, Beside::GoesOn, None, stack, sleep, core::ptr::null_mut()) }?;
+    let namespace = write_map(proc_dir, pid, "uid_map", ids)
+        .and_then(|()| write_map(proc_dir, pid, "gid_map", ids))
+        .and_then(|()| open_namespace(proc_dir, pid, "user"));
+    let pid = Pid::from_raw(pid);
+    nix::sys::signal::kill(pid, Signal::SIGKILL)?;
+    waitpid(pid, None)?;
+    namespace
+}
+
+/// Waits to be killed, or for its parent to die.
+extern "C" fn sleep(_: *mut libc::c_void) -> ! {
+    let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
+    loop {
+        nix::unistd::pause();
     }
 }
 
