@@ -15,7 +15,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::stat::Mode;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, setsid};
 use serde::{Deserialize, Serialize};
 
@@ -141,6 +141,14 @@ impl Launcher {
         let names = homes.iter().map(|home| home.name.to_owned()).collect();
         let fds: Vec<_> = homes.iter().map(|home| home.parent).collect();
         self.request(Some(&Request::Cgroups(names)), &fds).map(drop)
+    }
+
+    /// Whether the launcher lives.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        // It is this process's child: if it ended, it is a zombie, or gone.
+        let flags = WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT | WaitPidFlag::WEXITED;
+        matches!(waitid(Id::Pid(self.pid), flags), Ok(WaitStatus::StillAlive))
     }
 
     fn request(&self, request: Option<&Request>, fds: &[BorrowedFd<'_>]) -> Result<Vec<OwnedFd>> {

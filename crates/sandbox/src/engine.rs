@@ -253,6 +253,12 @@ impl Engine {
         self.live().iter().map(|(slot, group)| group.gauges(*slot)).collect()
     }
 
+    /// Whether sandboxes can be made still: the launcher lives.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        self.0.launcher.is_alive()
+    }
+
     /// How many left-over sandboxes were removed at the start.
     #[must_use]
     pub fn reaped(&self) -> u64 {

@@ -111,7 +111,7 @@ pub(crate) fn build_worker(
         store_patience: Duration::from_millis(own.store_patience.0),
         ..WorkerConfig::new(own.name.clone(), queue::data_dir(settings)?)
     };
-    Ok(Arc::new(Worker::new(Arc::new(engine), queue, blobs, config)?))
+    Ok(Arc::new(Worker::new(engine, queue, blobs, config)?))
 }
 
 /// The config of a gateway, its tokens read.

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use hutch_layers::{BlobStore, StoreError};
 use hutch_proto::{Digest, JobResult, JobSpec, Reason, Status, Timestamp};
 use hutch_queue::Queue;
-use hutch_sandbox::{JobFacts, Order, Remains, Report};
+use hutch_sandbox::{Engine, JobFacts, Order, Remains, Report};
 use tokio_util::sync::CancellationToken;
 
+use crate::WorkerConfig;
 use crate::inputs::{self, InputError};
 use crate::relay::{Relay, Speaker};
-use crate::{Runner, WorkerConfig};
 
 /// How an attempt ended.
 #[derive(Debug)]
@@ -40,7 +40,7 @@ impl Outcome {
 /// What every attempt of a worker shares.
 #[derive(Clone)]
 pub(crate) struct Means {
-    pub(crate) runner: Arc<dyn Runner>,
+    pub(crate) engine: Engine,
     pub(crate) queue: Arc<dyn Queue>,
     pub(crate) blobs: BlobStore,
     pub(crate) config: Arc<WorkerConfig>,
@@ -71,7 +71,7 @@ impl Attempt {
         }
         let speaker = Speaker { id: facts.id, attempt: facts.attempt, worker: facts.worker.clone() };
         let relay = Relay::start(Arc::clone(&means.queue), speaker);
-        let mut report = means.runner.run(Order { job, slot, cancel }, &relay).await;
+        let mut report = means.engine.run(Order { job, slot, cancel }, &relay).await;
         relay.close().await;
         if report.status == Status::InfraError {
             return Outcome::Fault {

@@ -17,7 +17,6 @@ mod inputs;
 mod live;
 mod metrics;
 mod relay;
-mod runner;
 mod slot;
 mod worker;
 
@@ -25,5 +24,4 @@ pub use config::WorkerConfig;
 pub use drain::Drain;
 pub use http::router;
 pub use inputs::{InputError, resolve as resolve_inputs};
-pub use runner::Runner;
 pub use worker::{Worker, WorkerError};

@@ -130,6 +130,13 @@ impl Slot {
                 take_down(remains).await;
                 told
             }
+            Ended { outcome: Outcome::Fault { .. }, .. } if !self.means.engine.is_alive() => {
+                tracing::error!(slot = self.number, %id, "the launcher is gone, the job is given back");
+                self.health
+                    .breaks("the launcher is gone: no sandbox can be made any more; start the worker again");
+                self.drain.stop.cancel();
+                consumer.give_back(lease, GiveBack::Unspent).await
+            }
             Ended { outcome: Outcome::Fault { reason, message }, .. } => {
                 return self.fault(consumer, lease, reason, message).await;
             }
