@@ -31,7 +31,8 @@ pub fn binary() -> &'static Path {
         if !cfg!(debug_assertions) {
             cargo.arg("--release");
         }
-        assert!(cargo.status().expect("start cargo").success(), "hutch cannot be built");
+        let built = cargo.output().expect("start cargo");
+        assert!(built.status.success(), "hutch cannot be built:\n{}", String::from_utf8_lossy(&built.stderr));
         // This program is target/PROFILE/deps/NAME-HASH.
         let own = std::env::current_exe().expect("own path");
         own.ancestors().nth(2).expect("target directory").join("hutch")

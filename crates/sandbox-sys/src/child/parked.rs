@@ -38,7 +38,7 @@ enum Mask {
 
 /// Paths of /proc that tell of the host or reach into it: the lists of the OCI runtimes, and those of
 /// the kernel's symbols and messages. What a kernel does not have is passed over.
-const MASKS: [(&CStr, Mask); 18] = [
+const MASKS: [(&CStr, Mask); 19] = [
     (c"acpi", Mask::Directory),
     (c"asound", Mask::Directory),
     (c"interrupts", Mask::File),
@@ -55,6 +55,8 @@ const MASKS: [(&CStr, Mask); 18] = [
     (c"bus", Mask::ReadOnly),
     (c"fs", Mask::ReadOnly),
     (c"irq", Mask::ReadOnly),
+    // Everybody may write there, and so set the host's kernel to watching: psi.rst.
+    (c"pressure", Mask::ReadOnly),
     (c"sys", Mask::ReadOnly),
     (c"sysrq-trigger", Mask::ReadOnly),
 ];
