@@ -1,4 +1,8 @@
-//! What developers run: `cargo xtask test`.
+//! What developers run: `cargo xtask test`, `check`, `bench`, `schema`, `fuzz`.
+
+mod check;
+mod install;
+mod suite;
 
 use std::process::Command;
 
@@ -14,12 +18,35 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Run formatting, lints and every test
-    Test,
+    /// Install what is missing, then run formatting, lints, architecture checks and every test
+    Test {
+        /// Run the long forms of soaks too
+        #[arg(long)]
+        long: bool,
+    },
+    /// Check who imports whom, and where unsafe code is
+    Check,
+    /// Compare fresh sandboxes with a bare spawn and with bubblewrap, in one interleaved run
+    Bench {
+        /// Arguments for the benchmark, such as `--rounds 2000`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Write the JSON Schemas of proto/schema anew from the types
+    Schema,
+    /// Fuzz the spec parser for a while (needs cargo-fuzz)
+    Fuzz {
+        /// For how many seconds
+        #[arg(default_value_t = 60)]
+        seconds: u32,
+    },
 }
 
-fn cargo(args: &[&str]) -> anyhow::Result<()> {
-    let status = Command::new(env!("CARGO")).args(args).status().context("start cargo")?;
+/// Runs cargo, with environment variables on top.
+fn cargo(args: &[&str], env: &[(&str, &str)]) -> anyhow::Result<()> {
+    let mut command = Command::new(env!("CARGO"));
+    command.args(args).envs(env.iter().copied());
+    let status = command.status().context("start cargo")?;
     if !status.success() {
         bail!("`cargo {}` failed: {status}", args.join(" "));
     }
@@ -28,10 +55,22 @@ fn cargo(args: &[&str]) -> anyhow::Result<()> {
 
 fn main() -> anyhow::Result<()> {
     match Args::parse().task {
-        Task::Test => {
-            cargo(&["fmt", "--all", "--check"])?;
-            cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
-            cargo(&["test", "--workspace"])
+        Task::Test { long } => suite::run(long),
+        Task::Check => check::run(),
+        Task::Bench { args } => {
+            install::packages(install::FOR_BENCH)?;
+            cargo(&["build", "--release", "--package", "hutch-bench"], &[])?;
+            let status = Command::new("target/release/hutch-bench").args(args).status()?;
+            if status.success() { Ok(()) } else { bail!("the benchmark failed: {status}") }
+        }
+        Task::Schema => {
+            let update = [("HUTCH_UPDATE_SCHEMAS", "1")];
+            cargo(&["test", "--package", "hutch-proto", "--test", "spec", "schema_on_file"], &update)
+        }
+        Task::Fuzz { seconds } => {
+            let time = format!("-max_total_time={seconds}");
+            let args = ["fuzz", "run", "--fuzz-dir", "proto/fuzz", "job_spec", "--", &time];
+            cargo(&args, &[("RUSTC_BOOTSTRAP", "1")])
         }
     }
 }

@@ -19,7 +19,7 @@ use object_store::memory::InMemory;
 use object_store::path::Path as Location;
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart};
 
-use crate::{Hasher, StoreError};
+use crate::{Hasher, StoreError, bucket};
 
 /// How much of a file is read at a time.
 const CHUNK: usize = 256 << 10;
@@ -44,25 +44,27 @@ pub struct BlobStore {
 }
 
 impl BlobStore {
-    /// The store at this address: `file:///srv/hutch`, or `memory:///` for tests.
+    /// The store at this address: `file:///srv/hutch`, or `s3://bucket/prefix` with the usual `AWS_*`
+    /// variables (`AWS_ENDPOINT` for other stores than Amazon's), or `memory:///` for tests.
     ///
     /// A directory is made if it is missing, and open to its owner alone.
     ///
     /// # Errors
-    /// [`StoreError::Url`] for another kind of address; [`StoreError::Directory`].
+    /// [`StoreError::Url`] for what is none of these; [`StoreError::Directory`].
     pub fn open(url: &str) -> Result<Self, StoreError> {
-        match url.split_once("://") {
-            Some(("file", path)) if path.starts_with('/') => Self::in_directory(Path::new(path)),
-            Some(("memory", _)) => Ok(Self {
-                objects: Arc::new(InMemory::new()),
-                url: url.to_owned(),
-                spool: std::env::temp_dir(),
-            }),
-            _ => Err(StoreError::Url {
-                url: url.to_owned(),
-                message: "an address such as file:///var/lib/hutch is expected".to_owned(),
-            }),
-        }
+        let objects: Arc<dyn ObjectStore> = match url.split_once("://") {
+            Some(("file", path)) if path.starts_with('/') => return Self::in_directory(Path::new(path)),
+            Some(("s3", rest)) if !rest.is_empty() && !rest.starts_with('/') => bucket::open(url, rest)?,
+            Some(("memory", _)) => Arc::new(InMemory::new()),
+            _ => {
+                return Err(StoreError::Url {
+                    url: url.to_owned(),
+                    message: "an address such as file:///var/lib/hutch or s3://bucket/prefix is expected"
+                        .to_owned(),
+                });
+            }
+        };
+        Ok(Self { objects, url: url.to_owned(), spool: std::env::temp_dir() })
     }
 
     /// The store in this directory, which is made if it is missing and open to its owner alone.

@@ -5,6 +5,7 @@
 //! against the digest that names it.
 
 mod blob_store;
+mod bucket;
 mod error;
 mod hashing;
 

@@ -14,6 +14,7 @@
 //! [`embedded`] is SQLite, for one machine; [`rabbitmq`] is for more than one.
 
 pub mod embedded;
+pub mod rabbitmq;
 mod sequence;
 mod sqlite;
 mod views;

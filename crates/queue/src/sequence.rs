@@ -28,6 +28,11 @@ impl Sequences {
         }
     }
 
+    /// Stops watching: the job went back.
+    pub(crate) fn forget(&self, id: JobId) {
+        self.lock().remove(&id);
+    }
+
     /// The `finished` event of a job that ends now.
     pub(crate) fn finished(&self, result: &JobResult) -> Event {
         let last = self.lock().remove(&result.id);

@@ -13,6 +13,8 @@ use crate::{ListFilter, QueueDepth};
 
 /// How a [`JobState`] is stored.
 pub(crate) mod state {
+    /// Not accepted yet; not shown.
+    pub(crate) const SUBMITTING: i64 = -1;
     pub(crate) const QUEUED: i64 = 0;
     pub(crate) const RUNNING: i64 = 1;
     pub(crate) const FINISHED: i64 = 2;
@@ -23,7 +25,7 @@ const COLUMNS: &str = "j.id, j.state, j.submitted_at, j.labels, r.result";
 /// The job as it is now.
 pub(crate) fn get(connection: &Connection, id: JobId) -> rusqlite::Result<Option<JobView>> {
     let mut query = connection.prepare_cached(&format!(
-        "SELECT {COLUMNS} FROM jobs j LEFT JOIN results r ON r.seq = j.seq WHERE j.id = ?1"
+        "SELECT {COLUMNS} FROM jobs j LEFT JOIN results r ON r.seq = j.seq WHERE j.id = ?1 AND j.state >= 0"
     ))?;
     query.query_row(params![id_bytes(id)], view).optional()
 }
@@ -31,7 +33,7 @@ pub(crate) fn get(connection: &Connection, id: JobId) -> rusqlite::Result<Option
 /// Jobs by the filter, newest first.
 pub(crate) fn list(connection: &Connection, filter: &ListFilter) -> rusqlite::Result<Vec<JobView>> {
     let mut sql = format!("SELECT {COLUMNS} FROM jobs j LEFT JOIN results r ON r.seq = j.seq");
-    let mut wheres: Vec<&str> = Vec::new();
+    let mut wheres = vec!["j.state >= 0"];
     let mut values: Vec<Value> = Vec::new();
     if let Some((name, value)) = &filter.label {
         sql.push_str(" JOIN job_labels l ON l.seq = j.seq");
@@ -51,10 +53,8 @@ pub(crate) fn list(connection: &Connection, filter: &ListFilter) -> rusqlite::Re
         wheres.push("j.seq < (SELECT seq FROM jobs WHERE id = ?)");
         values.push(id_bytes(after).to_vec().into());
     }
-    if !wheres.is_empty() {
-        sql.push_str(" WHERE ");
-        sql.push_str(&wheres.join(" AND "));
-    }
+    sql.push_str(" WHERE ");
+    sql.push_str(&wheres.join(" AND "));
     sql.push_str(" ORDER BY j.seq DESC LIMIT ?");
     values.push(i64::try_from(filter.limit).unwrap_or(i64::MAX).into());
     let mut query = connection.prepare_cached(&sql)?;
@@ -65,12 +65,31 @@ pub(crate) fn list(connection: &Connection, filter: &ListFilter) -> rusqlite::Re
 /// How many jobs wait and run, by queue, in the order of their names.
 pub(crate) fn depths(connection: &Connection) -> rusqlite::Result<Vec<QueueDepth>> {
     let mut query = connection.prepare_cached(
-        "SELECT queue, sum(state = 0), sum(state = 1) FROM jobs WHERE state < 2 GROUP BY queue ORDER BY queue",
+        "SELECT queue, sum(state = 0), sum(state = 1) FROM jobs WHERE state BETWEEN 0 AND 1 GROUP BY queue ORDER BY queue",
     )?;
     let rows = query.query_map([], |row| {
         Ok(QueueDepth { queue: row.get(0)?, queued: count(row, 1)?, running: count(row, 2)? })
     })?;
     rows.collect()
+}
+
+/// Forgets jobs that ended before `moment`, at most `limit` of them, in these tables; how many there were.
+pub(crate) fn prune(
+    connection: &Connection,
+    moment: Timestamp,
+    limit: u32,
+    tables: &[&str],
+) -> rusqlite::Result<usize> {
+    let mut query = connection
+        .prepare_cached("SELECT seq FROM jobs WHERE finished_at < ?1 ORDER BY finished_at LIMIT ?2")?;
+    let old: Vec<i64> =
+        query.query_map(params![moment.unix_ms(), limit], |row| row.get(0))?.collect::<Result<_, _>>()?;
+    for seq in &old {
+        for table in tables {
+            connection.prepare_cached(&format!("DELETE FROM {table} WHERE seq = ?1"))?.execute([seq])?;
+        }
+    }
+    Ok(old.len())
 }
 
 /// A job's id as it is stored.

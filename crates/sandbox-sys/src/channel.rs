@@ -3,6 +3,7 @@
 //! A message is one packet: a byte that says where the body is, then the body, or nothing if the
 //! body is in a sealed memfd that travels as the last descriptor.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -13,25 +14,31 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, 
 use crate::{Errno, Result};
 
 /// The most descriptors in one message: SCM_MAX_FD of the kernel.
-const MAX_FDS: usize = 253;
+pub(crate) const MAX_FDS: usize = 253;
 /// The most bytes in a packet; larger bodies go in a memfd.
-const MAX_PACKET: usize = 64 << 10;
+pub(crate) const MAX_PACKET: usize = 64 << 10;
 /// The most bytes of a body.
-const MAX_BODY: u64 = 64 << 20;
-const INLINE: u8 = 0;
-const IN_MEMFD: u8 = 1;
+pub(crate) const MAX_BODY: u64 = 64 << 20;
+/// First byte of a packet: the body follows.
+pub(crate) const INLINE: u8 = 0;
+/// First byte of a packet: the body is in the last descriptor.
+pub(crate) const IN_MEMFD: u8 = 1;
 
 /// One end of the channel; a message and its answer are one after the other.
 #[derive(Debug)]
-pub(crate) struct Channel(OwnedFd);
+pub(crate) struct Channel {
+    socket: OwnedFd,
+    /// Space for one packet; only its first bytes are used, mostly.
+    packet: RefCell<Vec<u8>>,
+}
 
 impl Channel {
     pub(crate) fn new(socket: OwnedFd) -> Self {
-        Self(socket)
+        Self { socket, packet: RefCell::new(vec![0; MAX_PACKET + 1]) }
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
 
     /// Sends a body and descriptors.
@@ -46,16 +53,16 @@ impl Channel {
         let parts = [IoSlice::new(&kind), IoSlice::new(if memfd.is_some() { &[] } else { body })];
         let rights = [ControlMessage::ScmRights(&raw)];
         let rights = if raw.is_empty() { &rights[..0] } else { &rights[..] };
-        sendmsg::<UnixAddr>(self.0.as_raw_fd(), &parts, rights, MsgFlags::MSG_NOSIGNAL, None).map(drop)
+        sendmsg::<UnixAddr>(self.socket.as_raw_fd(), &parts, rights, MsgFlags::MSG_NOSIGNAL, None).map(drop)
     }
 
     /// Receives a body and descriptors; none when the other end is closed.
     pub(crate) fn receive(&self) -> Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
-        let mut buffer = vec![0_u8; MAX_PACKET + 1];
+        let mut buffer = self.packet.borrow_mut();
         let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
-        let mut parts = [IoSliceMut::new(&mut buffer)];
+        let mut parts = [IoSliceMut::new(&mut buffer[..])];
         let message = recvmsg::<UnixAddr>(
-            self.0.as_raw_fd(),
+            self.socket.as_raw_fd(),
             &mut parts,
             Some(&mut space),
             MsgFlags::MSG_CMSG_CLOEXEC,

@@ -1,34 +1,38 @@
 //! The launcher: a small process with one thread from which sandboxes are cloned.
 //!
 //! `fork` splits it off before any thread starts; it enters its own small root, then serves requests
-//! one after another: start a sandbox, make a user namespace to show layers through, remember
-//! where the cgroups are. When the other end of its socket closes, its worker is gone: it kills
+//! one after another: clone an init that waits for its order, make a user namespace to show layers
+//! through, remember where the cgroups are. When the other end of its socket closes, its worker is gone: it kills
 //! every sandbox, waits until the last process is dead, removes the cgroups, and ends.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
+use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::stat::Mode;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, setsid};
 use serde::{Deserialize, Serialize};
 
 use crate::bpf::Instruction;
 use crate::channel::Channel;
-use crate::child::Sandbox;
+use crate::child::Workspace;
+use crate::child::parked::{open_namespace, user_namespace};
 use crate::plan::{IdRange, Plan};
-use crate::process::{Cloned, clone_process, exit_now, flags, forget_arguments, reset_signal};
+use crate::process::{Cloned, clone_process, exit_now, flags, forget_arguments, reset_signals};
 use crate::tinyroot::{self, OldRoot};
 use crate::{Errno, Result, child};
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Request {
-    /// Start a sandbox; the answer's descriptor is a pidfd of its init.
-    Start(Box<Plan>),
+    /// Clone an init that prepares itself and waits for its order; the answer's descriptors are a pidfd of it, its
+    /// mount namespace, and the socket for the order.
+    Park(IdRange),
     /// Make a user namespace with this map; the answer's descriptor is the namespace.
     Userns(IdRange),
     /// Remove these cgroups at the end; one descriptor each, of the directory they lie in.
@@ -42,6 +46,37 @@ pub struct CgroupHome<'a> {
     pub parent: BorrowedFd<'a>,
     /// Its name there.
     pub name: &'a str,
+}
+
+/// An init that waits for its order: all of a sandbox that is the same for every job. It is used once; dropping it
+/// ends it.
+#[derive(Debug)]
+pub struct Parked {
+    init: OwnedFd,
+    mounts: OwnedFd,
+    socket: Channel,
+}
+
+impl Parked {
+    /// Gives the order to build a sandbox and run a program in it. `fds` are those that the plan names; whatever goes
+    /// wrong from here on is told on the plan's report pipe.
+    ///
+    /// # Errors
+    /// EPIPE or ECONNRESET if init has ended meanwhile; E2BIG if there are too many descriptors.
+    pub fn start(self, plan: &Plan, fds: &[BorrowedFd<'_>]) -> Result<Started> {
+        let body = postcard::to_stdvec(plan).map_err(|_| Errno::EINVAL)?;
+        self.socket.send(&body, fds)?;
+        Ok(Started { init: self.init, mounts: self.mounts })
+    }
+}
+
+/// A sandbox that was started.
+#[derive(Debug)]
+pub struct Started {
+    /// A pidfd of its init: readable when the last process of the sandbox is dead.
+    pub init: OwnedFd,
+    /// Its mount namespace: while this is held, its mounts need not be taken down.
+    pub mounts: OwnedFd,
 }
 
 /// The worker's handle on its launcher. When it is dropped, the launcher ends and every sandbox with it.
@@ -78,13 +113,15 @@ impl Launcher {
         }
     }
 
-    /// Starts a sandbox and returns a pidfd of its init. `fds` are those that the plan names.
+    /// Has an init cloned that prepares itself for a sandbox with these ids.
     ///
     /// # Errors
     /// What clone3(2) answers; EPIPE if the launcher is gone.
-    pub fn start(&self, plan: Plan, fds: &[BorrowedFd<'_>]) -> Result<OwnedFd> {
-        let answer = self.request(Some(&Request::Start(Box::new(plan))), fds)?;
-        answer.into_iter().next().ok_or(Errno::EBADMSG)
+    pub fn park(&self, ids: IdRange) -> Result<Parked> {
+        let answer: [OwnedFd; 3] =
+            self.request(Some(&Request::Park(ids)), &[])?.try_into().map_err(|_| Errno::EBADMSG)?;
+        let [init, mounts, socket] = answer;
+        Ok(Parked { init, mounts, socket: Channel::new(socket) })
     }
 
     /// A user namespace with this id map, for showing the owners of layers.
@@ -104,6 +141,14 @@ impl Launcher {
         let names = homes.iter().map(|home| home.name.to_owned()).collect();
         let fds: Vec<_> = homes.iter().map(|home| home.parent).collect();
         self.request(Some(&Request::Cgroups(names)), &fds).map(drop)
+    }
+
+    /// Whether the launcher lives.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        // It is this process's child: if it ended, it is a zombie, or gone.
+        let flags = WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT | WaitPidFlag::WEXITED;
+        matches!(waitid(Id::Pid(self.pid), flags), Ok(WaitStatus::StillAlive))
     }
 
     fn request(&self, request: Option<&Request>, fds: &[BorrowedFd<'_>]) -> Result<Vec<OwnedFd>> {
@@ -136,12 +181,13 @@ struct Service {
     filter: Vec<Instruction>,
     children: BTreeSet<libc::pid_t>,
     cgroups: Vec<(OwnedFd, String)>,
+    workspace: Workspace,
 }
 
 /// The launcher's life, in the forked process.
 fn serve(channel: &Channel, filter: Vec<Instruction>) -> Result<()> {
     let begun = begin(filter);
-    answer(channel, &begun.as_ref().map(|_| None).map_err(|e| *e))?;
+    answer(channel, &begun.as_ref().map(|_| Vec::new()).map_err(|e| *e))?;
     let (mut service, signals) = begun?;
     loop {
         let mut ready =
@@ -179,8 +225,8 @@ fn begin(filter: Vec<Instruction>) -> Result<(Service, SignalFd)> {
     // SAFETY: the launcher has one thread, and uses neither arguments nor environment.
     unsafe { forget_arguments(b"hutch-init") };
     nix::sys::prctl::set_name(c"hutch-init")?;
-    // A process that was started with SIGCHLD ignored could not wait for its children: wait(2).
-    reset_signal(libc::SIGCHLD)?;
+    // What was ignored when this process began would be ignored in every sandbox.
+    reset_signals()?;
     let mut mask = SigSet::empty();
     for signal in [Signal::SIGCHLD, Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
         mask.add(signal);
@@ -190,61 +236,55 @@ fn begin(filter: Vec<Instruction>) -> Result<(Service, SignalFd)> {
     watched.add(Signal::SIGCHLD);
     let signals = SignalFd::with_flags(&watched, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
     let old_root = tinyroot::enter()?;
-    Ok((Service { old_root, filter, children: BTreeSet::new(), cgroups: Vec::new() }, signals))
+    let service = Service {
+        old_root,
+        filter,
+        children: BTreeSet::new(),
+        cgroups: Vec::new(),
+        workspace: Workspace::new(),
+    };
+    Ok((service, signals))
 }
 
-fn answer(channel: &Channel, done: &Result<Option<OwnedFd>>) -> Result<()> {
-    let (errno, fd) = match done {
-        Ok(fd) => (0, fd.as_ref()),
-        Err(e) => (*e as i32, None),
+fn answer(channel: &Channel, done: &Result<Vec<OwnedFd>>) -> Result<()> {
+    let (errno, fds) = match done {
+        Ok(fds) => (0, fds.iter().map(OwnedFd::as_fd).collect()),
+        Err(e) => (*e as i32, Vec::new()),
     };
     let body = postcard::to_stdvec(&errno).map_err(|_| Errno::EINVAL)?;
-    let fds: Vec<_> = fd.into_iter().map(OwnedFd::as_fd).collect();
     channel.send(&body, &fds)
 }
 
 impl Service {
-    fn perform(&mut self, body: &[u8], fds: Vec<OwnedFd>) -> Result<Option<OwnedFd>> {
+    fn perform(&mut self, body: &[u8], fds: Vec<OwnedFd>) -> Result<Vec<OwnedFd>> {
         match postcard::from_bytes(body).map_err(|_| Errno::EBADMSG)? {
-            Request::Start(plan) => self.start(&plan, &fds).map(Some),
-            Request::Userns(ids) => self.userns(ids).map(Some),
+            Request::Park(ids) => self.park(ids),
+            Request::Userns(ids) => {
+                let proc_dir = self.old_root.proc_dir.as_fd();
+                user_namespace(proc_dir, ids, self.workspace.stack()).map(|userns| vec![userns])
+            }
             Request::Cgroups(names) if names.len() == fds.len() => {
                 self.cgroups = fds.into_iter().zip(names).collect();
-                Ok(None)
+                Ok(Vec::new())
             }
             Request::Cgroups(_) => Err(Errno::EBADMSG),
         }
     }
 
-    fn start(&mut self, plan: &Plan, fds: &[OwnedFd]) -> Result<OwnedFd> {
-        let mut sandbox = Sandbox::new(plan, fds, &self.filter)?;
+    fn park(&mut self, ids: IdRange) -> Result<Vec<OwnedFd>> {
+        let (here, there) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let namespaces = flags::NEWPID | flags::NEWNS | flags::NEWIPC | flags::NEWUTS;
         // SAFETY: the launcher has one thread, and `init` never returns.
         match unsafe { clone_process(namespaces, None) }? {
-            Cloned::Child => child::init(&mut sandbox),
+            Cloned::Child => {
+                drop(here);
+                child::init(&mut self.workspace, there.as_fd(), ids, &self.filter)
+            }
             Cloned::Parent { pid, pidfd } => {
                 self.children.insert(pid);
-                Ok(pidfd)
-            }
-        }
-    }
-
-    /// Clones a process for its user namespace alone, and lets it go once the namespace is held.
-    fn userns(&mut self, ids: IdRange) -> Result<OwnedFd> {
-        // SAFETY: the launcher has one thread, and the child only waits to be killed.
-        match unsafe { clone_process(flags::NEWUSER, None) }? {
-            Cloned::Child => {
-                let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
-                loop {
-                    nix::unistd::pause();
-                }
-            }
-            Cloned::Parent { pid, pidfd } => {
-                let namespace = child::write_id_maps(self.old_root.proc_dir.as_fd(), pid, ids)
-                    .and_then(|()| child::open_user_namespace(self.old_root.proc_dir.as_fd(), pid));
-                crate::process::signal(pidfd.as_fd(), libc::SIGKILL)?;
-                waitpid(Pid::from_raw(pid), None)?;
-                namespace
+                let mounts = open_namespace(self.old_root.proc_dir.as_fd(), pid, "mnt")?;
+                Ok(vec![pidfd, mounts, here])
             }
         }
     }
@@ -277,8 +317,6 @@ impl Service {
 /// Removes a directory of cgroups whose processes are dead, deepest first.
 fn remove_cgroups(parent: &OwnedFd, name: &str) {
     use nix::dir::{Dir, Type};
-    use nix::fcntl::OFlag;
-    use nix::sys::stat::Mode;
     use nix::unistd::{UnlinkatFlags, unlinkat};
     let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     if let Ok(mut dir) = Dir::openat(parent, name, flags, Mode::empty()) {

@@ -1,10 +1,10 @@
 //! The kernel's side of a sandbox, and the only crate with unsafe code.
 //!
 //! In the order of use: [`Launcher::fork`] makes a small process with one thread, in a mount
-//! namespace of its own that holds next to nothing; [`Launcher::start`] sends it a [`Plan`] with
-//! descriptors and gets a pidfd back; the launcher clones the sandbox's init, which walks the
-//! plan's [`Step`]s, clones the program, and reaps; both tell what happens as [`Record`]s on a
-//! pipe of the caller's.
+//! namespace of its own that holds next to nothing; [`Launcher::park`] has it clone an init, which
+//! prepares what is the same for every sandbox and waits; [`Parked::start`] sends that init a [`Plan`] with
+//! descriptors; init walks the plan's [`Step`]s, starts the program, and reaps; both tell what happens as
+//! [`Record`]s on a pipe of the caller's.
 //!
 //! Between clone and exec nothing allocates, locks, logs or panics: all that the child needs was
 //! made before, and a failure goes back as stage, errno and index.
@@ -14,15 +14,16 @@ mod channel;
 mod child;
 mod launcher;
 pub mod mount;
+mod order;
 mod plan;
 pub mod process;
 mod record;
 mod tinyroot;
 
 pub use child::user;
-pub use launcher::{CgroupHome, Launcher};
+pub use launcher::{CgroupHome, Launcher, Parked, Started};
 pub use nix::errno::Errno;
-pub use plan::{FdIndex, FileWrite, IdRange, MaskKind, Plan, Program, ProgramCgroup, Rlimit, Step};
+pub use plan::{FdIndex, FileWrite, IdRange, Plan, Program, ProgramCgroup, Rlimit, Step, Text};
 pub use record::{RECORD_BYTES, Record, Stage};
 
 /// What a system call answers: a value or an errno.

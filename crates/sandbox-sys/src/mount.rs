@@ -140,6 +140,25 @@ pub fn attach(mount: BorrowedFd<'_>, dir: BorrowedFd<'_>, path: &CStr) -> Result
     check(answer).map(drop)
 }
 
+/// Moves an attached mount, with all that is mounted on it, to a directory.
+///
+/// # Errors
+/// See move_mount(2).
+pub fn relocate(from: &CStr, to: BorrowedFd<'_>) -> Result<()> {
+    // SAFETY: both paths are NUL-terminated texts that outlive the call.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            libc::AT_FDCWD,
+            from.as_ptr(),
+            to.as_raw_fd(),
+            c"".as_ptr(),
+            MOVE_MOUNT_T_EMPTY_PATH,
+        )
+    };
+    check(answer).map(drop)
+}
+
 /// Layout of `struct mount_attr`, mount_setattr(2).
 #[repr(C)]
 struct MountAttr {

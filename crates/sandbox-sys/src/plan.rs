@@ -1,21 +1,71 @@
-//! What the launcher and the child are told: every decision already made, every text already
-//! NUL-terminated. A plan names descriptors by their place in the list that travels with it.
+//! What a sandbox is told: every decision already made, every text already NUL-terminated. A plan
+//! names descriptors by their place in the list that travels with it.
+//!
+//! [`Plan`] is written by the worker; the child reads the same bytes as an [`Order`](crate::order::Order), which
+//! borrows from them and so needs no memory of its own.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 
-use serde::{Deserialize, Serialize};
+use serde::ser::Error as _;
+use serde::{Deserialize, Serialize, Serializer};
+
+/// A text for the kernel; travels with its NUL.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Text(CString);
+
+impl Text {
+    /// The text.
+    #[must_use]
+    pub fn as_cstr(&self) -> &CStr {
+        &self.0
+    }
+}
+
+impl From<CString> for Text {
+    fn from(text: CString) -> Self {
+        Self(text)
+    }
+}
+
+impl From<&CStr> for Text {
+    fn from(text: &CStr) -> Self {
+        Self(text.to_owned())
+    }
+}
+
+impl std::fmt::Debug for Text {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+impl Serialize for Text {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(self.0.as_bytes_with_nul())
+    }
+}
+
+/// A list goes as the bytes of its items, so that it can be passed over without being read.
+fn as_list<T: Serialize, S: Serializer>(items: &[T], serializer: S) -> Result<S::Ok, S::Error> {
+    let mut bytes = Vec::new();
+    for item in items {
+        bytes = postcard::to_extend(item, bytes).map_err(S::Error::custom)?;
+    }
+    serializer.serialize_bytes(&bytes)
+}
 
 /// Place of a descriptor in the list that travels with a plan.
 pub type FdIndex = u16;
 
 /// Everything about one program in one sandbox.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Plan {
     /// The sandbox's host name, as of sethostname(2).
     pub hostname: String,
     /// Where records are written; a pipe.
     pub report: FdIndex,
     /// What init does to the mount namespace, in order; the last one is [`Step::Pivot`].
+    #[serde(serialize_with = "as_list")]
     pub steps: Vec<Step>,
     /// The ids of the host that the sandbox's user namespace maps, from 0.
     pub ids: IdRange,
@@ -34,79 +84,62 @@ pub struct IdRange {
 
 /// One step of building the file system. Paths that begin with `/l`, `/s` and `/n` are in the
 /// launcher's small root; `inside` paths are in the sandbox's, links resolved within it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub enum Step {
     /// Attaches a detached mount in the launcher's small root.
     Attach {
         /// The mount.
         mount: FdIndex,
         /// Where.
-        target: CString,
+        target: Text,
     },
     /// Mounts an overlay: overlayfs in the kernel's documentation.
     Overlay {
         /// Lower directories, topmost first.
-        lowers: Vec<CString>,
+        #[serde(serialize_with = "as_list")]
+        lowers: Vec<Text>,
         /// The upper directory.
-        upper: CString,
+        upper: Text,
         /// The work directory, on the same file system.
-        work: CString,
+        work: Text,
         /// Where, in the launcher's small root; then it is opened as the sandbox's root, if none is yet.
-        target: CString,
+        target: Text,
     },
     /// Makes a directory and those above it, where missing.
     Directory {
         /// Where, in the sandbox.
-        inside: CString,
+        inside: Text,
         /// Its mode, if it is made.
         mode: u32,
     },
-    /// Attaches the launcher's device tree at `/dev`, and a new devpts in it.
+    /// Moves the device tree that was prepared to `/dev`.
     Devices,
     /// Attaches a detached mount at a directory of the sandbox; the directory is made where missing.
     Volume {
         /// The mount.
         mount: FdIndex,
         /// Where, in the sandbox.
-        inside: CString,
+        inside: Text,
         /// The place in the job's list, for errors.
         index: u32,
     },
     /// Binds a directory of the launcher's small root at a directory of the sandbox that is there.
     Bind {
         /// Where from.
-        source: CString,
+        source: Text,
         /// Where to, in the sandbox.
-        inside: CString,
+        inside: Text,
         /// Mount attributes to add.
         attributes: u64,
     },
-    /// Mounts a new proc(5) at `/proc`.
+    /// Moves the proc(5) that was prepared, masks and all, to `/proc`.
     Proc,
-    /// Hides or write-protects a path of `/proc` if it is there.
-    Mask {
-        /// The path, in the sandbox.
-        inside: CString,
-        /// How.
-        kind: MaskKind,
-    },
     /// Makes the sandbox's root the only root there is: pivot_root(2).
     Pivot,
 }
 
-/// How a path is masked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum MaskKind {
-    /// `/dev/null` in place of a file.
-    File,
-    /// An empty directory in its place.
-    Directory,
-    /// Itself, read-only.
-    ReadOnly,
-}
-
 /// The program, and what its process does to itself before it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Program {
     /// How it enters its cgroup.
     pub cgroup: ProgramCgroup,
@@ -115,42 +148,47 @@ pub struct Program {
     /// Name or number of the group, as of group(5).
     pub group: Option<String>,
     /// Files to write before the start.
+    #[serde(serialize_with = "as_list")]
     pub files: Vec<FileWrite>,
     /// Descriptor with the files' bytes.
     pub payload: Option<FdIndex>,
     /// Working directory; the user's home if none.
-    pub cwd: Option<CString>,
+    pub cwd: Option<Text>,
     /// Arguments, the program's name first.
-    pub argv: Vec<CString>,
+    #[serde(serialize_with = "as_list")]
+    pub argv: Vec<Text>,
     /// Paths to try, in order.
-    pub candidates: Vec<CString>,
+    #[serde(serialize_with = "as_list")]
+    pub candidates: Vec<Text>,
     /// Environment, `NAME=value` each.
-    pub env: Vec<CString>,
+    #[serde(serialize_with = "as_list")]
+    pub env: Vec<Text>,
     /// Whether HOME is to be set from passwd.
     pub set_home: bool,
     /// Whether USER is to be set from passwd.
     pub set_user: bool,
     /// Resource limits.
+    #[serde(serialize_with = "as_list")]
     pub rlimits: Vec<Rlimit>,
     /// Descriptors that become 0, 1 and 2.
     pub stdio: [FdIndex; 3],
 }
 
 /// How a program enters its cgroup.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub enum ProgramCgroup {
     /// cgroup v1: the process writes 0 to each of these open `tasks` files.
-    Tasks(Vec<FdIndex>),
+    Tasks(#[serde(serialize_with = "as_list")] Vec<FdIndex>),
     /// cgroup v2: the process is born in this directory (CLONE_INTO_CGROUP), and writes 0 to each of the
     /// `tasks` files of controllers that are still on v1.
-    Unified(FdIndex, Vec<FdIndex>),
+    Unified(FdIndex, #[serde(serialize_with = "as_list")] Vec<FdIndex>),
 }
 
 /// A file that is written before the start.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct FileWrite {
     /// Where, in the sandbox.
-    pub path: CString,
+    pub path: Text,
     /// Where its bytes begin in the payload.
     pub offset: u64,
     /// How many bytes.

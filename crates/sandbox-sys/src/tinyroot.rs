@@ -2,8 +2,8 @@
 //!
 //! A sandbox's mount namespace begins as a copy of the launcher's, and copying costs by the mount;
 //! so the launcher keeps two. `/l/N` is where layers are attached, `/s` where the scratch file
-//! system, `/n` where the new root; `/e` is empty; `/dev` is the device tree, made once and
-//! shown to every sandbox read-only.
+//! system, `/n` where the new root; `/p` and `/d` are where each init prepares its own /proc and /dev;
+//! `/e` is empty; `/dev` is the device tree, made once and shown to every sandbox read-only.
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -67,7 +67,7 @@ pub(crate) fn enter() -> Result<OldRoot> {
     pivot_root(".", ".")?;
     umount2(".", MntFlags::MNT_DETACH)?;
     nix::unistd::chdir("/")?;
-    for name in ["l", "s", "n", "e", "dev"] {
+    for name in ["l", "s", "n", "e", "p", "d", "dev"] {
         mkdir(name, Mode::from_bits_truncate(0o755))?;
     }
     for place in 0..LAYER_PLACES {

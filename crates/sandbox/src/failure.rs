@@ -26,7 +26,8 @@ pub(crate) fn explain(record: Record, plan: &JobPlan, step: &StepPlan) -> Result
         }
         Stage::User => Err(user(errno, plan)),
         Stage::Cwd => {
-            let cwd = step.cwd.as_ref().map_or("the user's home".into(), |cwd| cwd.to_string_lossy());
+            let cwd =
+                step.cwd.as_ref().map_or("the user's home".into(), |cwd| cwd.as_cstr().to_string_lossy());
             Err(Refusal::spec("cwd", format!("cannot make or enter {cwd}: {what}")))
         }
         Stage::Volume => {
@@ -51,7 +52,7 @@ pub(crate) fn explain(record: Record, plan: &JobPlan, step: &StepPlan) -> Result
 }
 
 fn exec(errno: Errno, step: &StepPlan) -> Result<Verdict, Refusal> {
-    let program = step.argv.first().map(|name| name.to_string_lossy()).unwrap_or_default();
+    let program = step.argv.first().map(|name| name.as_cstr().to_string_lossy()).unwrap_or_default();
     let message = match errno {
         Errno::ENOENT | Errno::ENOTDIR if program.contains('/') => {
             format!("not found: {program}, or the interpreter that it names")

@@ -1,41 +1,11 @@
-//! What this host is: id ranges that are ours, paths of /proc to mask, limits that cannot be raised.
+//! What this host is: id ranges that are ours, limits that cannot be raised.
 
 use std::fs::{self, File, OpenOptions};
 use std::path::Path;
 
-use hutch_sandbox_sys::{IdRange, MaskKind};
+use hutch_sandbox_sys::IdRange;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
-
-/// Paths of /proc that tell of the host or reach into it: the lists of the OCI runtimes, and those of
-/// the kernel's symbols and messages.
-const MASKS: &[(&str, MaskKind)] = &[
-    ("/proc/acpi", MaskKind::Directory),
-    ("/proc/asound", MaskKind::Directory),
-    ("/proc/interrupts", MaskKind::File),
-    ("/proc/kallsyms", MaskKind::File),
-    ("/proc/kcore", MaskKind::File),
-    ("/proc/keys", MaskKind::File),
-    ("/proc/key-users", MaskKind::File),
-    ("/proc/kmsg", MaskKind::File),
-    ("/proc/latency_stats", MaskKind::File),
-    ("/proc/sched_debug", MaskKind::File),
-    ("/proc/scsi", MaskKind::Directory),
-    ("/proc/timer_list", MaskKind::File),
-    ("/proc/timer_stats", MaskKind::File),
-    ("/proc/bus", MaskKind::ReadOnly),
-    ("/proc/fs", MaskKind::ReadOnly),
-    ("/proc/irq", MaskKind::ReadOnly),
-    // Everybody may write there, and so set the host's kernel to watching: psi.rst.
-    ("/proc/pressure", MaskKind::ReadOnly),
-    ("/proc/sys", MaskKind::ReadOnly),
-    ("/proc/sysrq-trigger", MaskKind::ReadOnly),
-];
-
-/// The masks for what this kernel's /proc has.
-pub(crate) fn masks() -> Vec<(&'static str, MaskKind)> {
-    MASKS.iter().copied().filter(|(path, _)| Path::new(path).exists()).collect()
-}
 
 /// The most open files that this process may allow: RLIMIT_NOFILE.
 pub(crate) fn max_open_files() -> u64 {

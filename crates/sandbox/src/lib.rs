@@ -23,6 +23,6 @@ mod supervise;
 mod verdict;
 
 pub use config::EngineConfig;
-pub use engine::{Engine, EngineError, Launcher, Order};
+pub use engine::{Engine, EngineError, Launcher, Order, Remains};
 pub use observe::{Observer, SlotGauges, Stream, Unobserved};
 pub use report::{Durations, JobFacts, Report};

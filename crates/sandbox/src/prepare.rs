@@ -87,7 +87,6 @@ impl Prepared {
         plan: &JobPlan,
         config: &EngineConfig,
         host: Option<&HostLayer>,
-        masks: &[(&'static str, hutch_sandbox_sys::MaskKind)],
         ids: IdRange,
     ) -> Result<Self, Refusal> {
         let mut shown = Vec::new();
@@ -127,7 +126,6 @@ impl Prepared {
             layers,
             trees,
             targets: plan.volumes.iter().map(|volume| volume.target.clone()).collect(),
-            masks: masks.to_vec(),
         };
         Ok(Self { mounts, shown, volumes, scratch, own_inodes, uppers, payload })
     }

@@ -7,6 +7,8 @@ use hutch_proto::{
     Captured, JobId, JobResult, LimitHit, Outputs, Reason, Status, StepResult, Timeline, Timestamp, Usage,
 };
 
+use crate::engine::Remains;
+
 /// How one job ended.
 #[derive(Debug)]
 pub struct Report {
@@ -40,6 +42,8 @@ pub struct Report {
     pub finished_at: Timestamp,
     /// Microseconds of each part.
     pub durations: Durations,
+    /// The dead sandboxes. Take them out, and drop them after the answer.
+    pub remains: Option<Remains>,
 }
 
 /// How long each part of a job took, in microseconds.
@@ -76,6 +80,10 @@ impl Report {
     pub fn into_result(self, facts: JobFacts) -> JobResult {
         let begun = self.started_at.unwrap_or(self.finished_at);
         let queued = begun.since(facts.submitted_at);
+        let mut steps = self.steps;
+        for step in &mut steps {
+            step.timeline.submitted_at = facts.submitted_at;
+        }
         JobResult {
             id: facts.id,
             attempt: facts.attempt,
@@ -90,7 +98,7 @@ impl Report {
             stderr: self.stderr,
             usage: self.usage,
             outputs: self.outputs,
-            steps: self.steps,
+            steps,
             timeline: Timeline {
                 submitted_at: facts.submitted_at,
                 started_at: self.started_at,

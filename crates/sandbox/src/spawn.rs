@@ -1,8 +1,13 @@
 //! From prepared to running: pipes, cgroup, plan, and the launcher's word that init lives.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
-use hutch_sandbox_sys::{FdIndex, FileWrite, IdRange, Launcher, Plan, Program, ProgramCgroup};
+use hutch_sandbox_sys::{
+    Errno, FdIndex, FileWrite, IdRange, Launcher, Parked, Plan, Program, ProgramCgroup, Started,
+};
+use std::sync::{Mutex, PoisonError};
+
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 
@@ -16,6 +21,8 @@ use crate::refusal::Refusal;
 pub(crate) struct Running {
     /// init; when it is dead, so is everything in the sandbox.
     pub(crate) init: OwnedFd,
+    /// Its mount namespace: while this is held, nobody waits for its mounts to be taken down.
+    pub(crate) mounts: OwnedFd,
     /// Where records come from.
     pub(crate) report: OwnedFd,
     pub(crate) stdout: OwnedFd,
@@ -42,11 +49,41 @@ impl<'a> FdList<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Means<'a> {
     pub(crate) launcher: &'a Launcher,
+    pub(crate) parked: &'a ParkedInits,
     pub(crate) cgroups: &'a Cgroups,
     pub(crate) userns: BorrowedFd<'a>,
     pub(crate) dev_null: BorrowedFd<'a>,
     pub(crate) ids: IdRange,
-    pub(crate) slot: u32,
+}
+
+/// Inits that wait for an order, one for each slot that has been used.
+#[derive(Debug, Default)]
+pub(crate) struct ParkedInits(Mutex<BTreeMap<u32, Parked>>);
+
+impl ParkedInits {
+    fn take(&self, ids: IdRange) -> Option<Parked> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&ids.base)
+    }
+
+    /// Has the next one made. A failure shows when it is needed.
+    pub(crate) fn refill(&self, launcher: &Launcher, ids: IdRange) {
+        if let Ok(parked) = launcher.park(ids) {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(ids.base, parked);
+        }
+    }
+}
+
+impl Means<'_> {
+    /// Gives the order to an init that waits, or to a new one. One that was killed while it waited is no fault of the job.
+    fn start(&self, plan: &Plan, fds: &[BorrowedFd<'_>]) -> hutch_sandbox_sys::Result<Started> {
+        match self.parked.take(self.ids).map(|parked| parked.start(plan, fds)) {
+            Some(Ok(started)) => Ok(started),
+            Some(Err(Errno::EPIPE | Errno::ECONNRESET | Errno::ENOTCONN)) | None => {
+                self.launcher.park(self.ids)?.start(plan, fds)
+            }
+            Some(Err(e)) => Err(e),
+        }
+    }
 }
 
 /// Starts one step of a job.
@@ -60,10 +97,9 @@ pub(crate) fn spawn(
     prepared: &Prepared,
     first: bool,
 ) -> Result<Running, Refusal> {
-    let cgroup =
-        means.cgroups.create(means.slot, &step.limits).map_err(|e| Refusal::host(with_source(&e)))?;
+    let mut cgroup = means.cgroups.take(&step.limits).map_err(|e| Refusal::host(with_source(&e)))?;
+    let out_of_memory = cgroup.take_out_of_memory();
     let entrance = cgroup.entrance().map_err(|e| Refusal::host(with_source(&e)))?;
-    let out_of_memory = cgroup.out_of_memory().map_err(|e| Refusal::host(with_source(&e)))?;
     let mounts = prepared.step_mounts(means.userns)?;
     let stdin = if step.stdin.is_empty() { None } else { Some(sealed(&[&step.stdin])?) };
     let (report, report_end) = pipe()?;
@@ -81,11 +117,13 @@ pub(crate) fn spawn(
         volumes: fds.add(mounts.volumes.iter().map(OwnedFd::as_fd)),
     };
     let payload = prepared.payload.as_ref().filter(|_| first).map(|payload| fds.add([payload.as_fd()]));
-    let program_cgroup = match &entrance {
-        Entrance::Tasks(tasks) => ProgramCgroup::Tasks(indices(&mut fds, tasks)),
+    let unified;
+    let program_cgroup = match entrance {
+        Entrance::Tasks(tasks) => ProgramCgroup::Tasks(indices(&mut fds, &tasks)),
         Entrance::Unified(dir, tasks) => {
-            let dir = fds.add([dir.as_fd()]);
-            ProgramCgroup::Unified(dir, indices(&mut fds, tasks))
+            unified = dir;
+            let dir = fds.add([unified.as_fd()]);
+            ProgramCgroup::Unified(dir, indices(&mut fds, &tasks))
         }
     };
     let plan = Plan {
@@ -109,15 +147,14 @@ pub(crate) fn spawn(
             stdio: [stdin_index, stdout_index, stderr_index],
         },
     };
-    let init = means
-        .launcher
-        .start(plan, &fds.0)
+    let Started { init, mounts } = means
+        .start(&plan, &fds.0)
         .map_err(|e| Refusal::host(format!("the launcher could not start a sandbox: {}", e.desc())))?;
-    Ok(Running { init, report, stdout, stderr, out_of_memory, cgroup })
+    Ok(Running { init, mounts, report, stdout, stderr, out_of_memory, cgroup })
 }
 
-fn indices<'a>(fds: &mut FdList<'a>, tasks: &'a [OwnedFd]) -> Vec<FdIndex> {
-    tasks.iter().map(|task| fds.add([task.as_fd()])).collect()
+fn indices<'a>(fds: &mut FdList<'a>, tasks: &[BorrowedFd<'a>]) -> Vec<FdIndex> {
+    tasks.iter().map(|task| fds.add([*task])).collect()
 }
 
 fn file_writes(job: &JobPlan) -> Vec<FileWrite> {
@@ -126,7 +163,7 @@ fn file_writes(job: &JobPlan) -> Vec<FileWrite> {
         .iter()
         .map(|file| {
             let length = file.bytes.len() as u64;
-            let path = std::ffi::CString::new(file.path.as_str()).unwrap_or_default();
+            let path = std::ffi::CString::new(file.path.as_str()).unwrap_or_default().into();
             let write = FileWrite { path, offset, length, mode: file.mode };
             offset += length;
             write

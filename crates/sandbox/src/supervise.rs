@@ -43,7 +43,8 @@ pub(crate) struct Exited {
     pub(crate) stderr: Captured,
     /// CLOCK_MONOTONIC when the tree was dead, nanoseconds.
     pub(crate) dead_ns: u64,
-    pub(crate) cgroup: JobCgroup,
+    /// Its cgroup and its mount namespace, to be taken down when nobody waits.
+    pub(crate) remains: (JobCgroup, OwnedFd),
 }
 
 /// What came over the report pipe.
@@ -122,7 +123,7 @@ pub(crate) async fn supervise(
     cancel: &CancellationToken,
     observer: &dyn Observer,
 ) -> io::Result<Exited> {
-    let Running { init, report, stdout, stderr, out_of_memory, cgroup } = running;
+    let Running { init, mounts, report, stdout, stderr, out_of_memory, cgroup } = running;
     let now = Instant::now();
     let [report, stdout, stderr] = [watched(report)?, watched(stdout)?, watched(stderr)?];
     let memory = out_of_memory.map(watched).transpose()?;
@@ -170,7 +171,7 @@ pub(crate) async fn supervise(
     watch.read_records(&report)?;
     while watch.read_output(&stdout, Stream::Stdout)? == Flow::More {}
     while watch.read_output(&stderr, Stream::Stderr)? == Flow::More {}
-    Ok(watch.finish(dead_ns))
+    Ok(watch.finish(dead_ns, mounts))
 }
 
 /// What a pipe still has.
@@ -392,7 +393,7 @@ impl Watch<'_> {
         Ok(Flow::More)
     }
 
-    fn finish(mut self, dead_ns: u64) -> Exited {
+    fn finish(mut self, dead_ns: u64, mounts: OwnedFd) -> Exited {
         self.note_disk();
         let readings = self.cgroup.readings();
         Exited {
@@ -404,7 +405,7 @@ impl Watch<'_> {
             stdout: self.stdout.done(),
             stderr: self.stderr.done(),
             dead_ns,
-            cgroup: self.cgroup,
+            remains: (self.cgroup, mounts),
         }
     }
 }

@@ -168,7 +168,7 @@ pub(crate) struct QueueArgs {
     /// The broker, such as amqp://user:password@host:5672; the embedded queue if left out.
     #[arg(long, value_name = "URL")]
     pub(crate) broker: Option<String>,
-    /// Where blobs and results are kept, such as file:///srv/hutch; all services must share it.
+    /// Where blobs and results are kept, such as s3://bucket/prefix or file:///srv/hutch; all services share it.
     #[arg(long, value_name = "URL")]
     pub(crate) store: Option<String>,
 }

@@ -14,6 +14,8 @@ const TIMED_OUT: u8 = 124;
 const NOT_RUN: u8 = 125;
 /// The command is there and cannot be run.
 const NOT_EXECUTABLE: u8 = 126;
+/// What the engine says of such a command.
+const CANNOT_BE_RUN: &str = "cannot be run";
 /// The command is not there.
 const NOT_FOUND: u8 = 127;
 /// Somebody pressed Ctrl-C: 128 + SIGINT.
@@ -35,10 +37,8 @@ fn code_of(result: &JobResult) -> u8 {
         (Status::Rejected | Status::InfraError, _) => NOT_RUN,
         (Status::Cancelled, _) => INTERRUPTED,
         (_, Some(Reason::CpuTime | Reason::WallTime | Reason::IdleTime)) => TIMED_OUT,
-        (_, Some(Reason::CommandNotFound)) => match result.exit_code {
-            Some(126) => NOT_EXECUTABLE,
-            _ => NOT_FOUND,
-        },
+        (_, Some(Reason::CommandNotFound)) if result.message.contains(CANNOT_BE_RUN) => NOT_EXECUTABLE,
+        (_, Some(Reason::CommandNotFound)) => NOT_FOUND,
         _ => ended(result),
     }
 }
@@ -98,7 +98,6 @@ mod tests {
             (Reason::FileSize, None, Some("SIGXFSZ"), 153),
             (Reason::Syscall, None, Some("SIGSYS"), 159),
             (Reason::CommandNotFound, None, None, 127),
-            (Reason::CommandNotFound, Some(126), None, 126),
             (Reason::SpecInvalid, None, None, 125),
             (Reason::HostError, None, None, 125),
             (Reason::Requested, None, None, 130),
@@ -109,6 +108,9 @@ mod tests {
                 "{reason} {exit_code:?} {signal:?}"
             );
         }
+        let mut there = result(Reason::CommandNotFound, None, None);
+        there.message = "cannot be run: /box/x is a directory or not executable".to_owned();
+        assert_eq!(code_of(&there), 126);
         let mut fine = result(Reason::Signal, Some(0), None);
         (fine.status, fine.reason) = (Status::Succeeded, None);
         assert_eq!(code_of(&fine), 0);

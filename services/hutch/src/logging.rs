@@ -8,7 +8,9 @@ pub(crate) fn start() {
         .with_env_var("HUTCH_LOG")
         .try_from_env()
         .unwrap_or_else(|_| EnvFilter::new("warn,lapin=error"));
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let logs =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours);
     let json = std::env::var("HUTCH_LOG_FORMAT").is_ok_and(|format| format == "json");
     // Only a second start could fail, and there is none.
     let _ = if json { logs.json().try_init() } else { logs.with_target(false).try_init() };

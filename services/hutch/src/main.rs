@@ -5,23 +5,33 @@
 //! 3. Logging and the runtime start, and the command does its work.
 
 mod cli;
+mod demo;
+mod doctor;
 mod engine;
 mod exit;
+mod layer;
 mod logging;
 mod order;
+mod queue;
+mod remote;
 mod run;
+mod services;
 mod settings;
 mod signals;
+mod spec;
 mod term;
 mod unpack;
+mod up;
 mod verdict;
+mod volume;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use hutch_sandbox::Launcher;
 
-use cli::{Cli, Command};
+use cli::{Cli, Command, ConfigCommand};
+use settings::Flags;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -45,6 +55,28 @@ async fn dispatch(cli: Cli, launcher: Option<Launcher>) -> anyhow::Result<ExitCo
     let config = cli.config.as_deref();
     match cli.command {
         Command::Run(args) => run::run(*args, config, launcher).await,
-        _ => anyhow::bail!("not there yet"),
+        Command::Up(args) => up::up(args, config, launcher).await,
+        Command::Worker(args) => services::worker(args, config, launcher).await,
+        Command::Gateway(args) => services::gateway(args, config).await,
+        Command::Submit(args) => remote::submit(args).await,
+        Command::Status(args) => remote::status(args).await,
+        Command::Logs(args) => remote::logs(args).await,
+        Command::Cancel(args) => remote::cancel(args).await,
+        Command::Exec(args) => Ok(remote::exec(&args)),
+        Command::Outputs(args) => remote::outputs(args).await,
+        Command::Layer(command) => Ok(layer::layer(&command)),
+        Command::Volume(command) => volume::volume(command, config),
+        Command::Doctor(args) => doctor::doctor(args, config, launcher).await,
+        Command::Spec(command) => spec::spec(command),
+        Command::Config(ConfigCommand::Show) => {
+            term::text(settings::show(&settings::load(config, &Flags::default())?));
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Completion { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "hutch", &mut script);
+            term::text(String::from_utf8_lossy(&script));
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use anyhow::{Context, bail};
 use hutch_layers::BlobStore;
 use hutch_proto::{JobResult, JobSpec, Timestamp};
-use hutch_sandbox::{Engine, JobFacts, Launcher, Observer, Order, Report, Stream};
+use hutch_sandbox::{Engine, JobFacts, Launcher, Observer, Order, Report, Stream, Unobserved};
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::RunArgs;
@@ -77,13 +77,13 @@ impl Run<'_> {
             labels: job.labels.clone(),
         };
         let cancel = CancellationToken::new();
-        let signals = signals::cancel_on_end(cancel.clone());
+        let mut signals = signals::cancel_on_end(cancel.clone());
         let (printer, printing) = Printer::start(cancel.clone());
         let order = Order { job, slot: 0, cancel };
-        let mut report = if self.args.json {
-            engine.run(order, &hutch_sandbox::Unobserved).await
-        } else {
-            engine.run(order, &printer).await
+        let observer: &dyn Observer = if self.args.json { &Unobserved } else { &printer };
+        let mut report = tokio::select! {
+            report = engine.run(order, observer) => report,
+            _ = &mut signals => bail!("the job did not end when it was told to; it is killed"),
         };
         signals.abort();
         drop(printer);

@@ -29,12 +29,13 @@ fn listen() -> [Option<Signal>; 2] {
     })
 }
 
-/// Cancels when this process is told to end. Listens from now on.
+/// Cancels when this process is told to end; completes when it is told so again. Listens from now on.
 pub(crate) fn cancel_on_end(cancel: CancellationToken) -> JoinHandle<()> {
     let mut signals = listen();
     tokio::spawn(async move {
         next(&mut signals).await;
         cancel.cancel();
+        next(&mut signals).await;
     })
 }
 

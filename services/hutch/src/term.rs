@@ -21,11 +21,6 @@ pub(crate) fn note(text: impl Display) {
     let _ = writeln!(io::stderr().lock(), "hutch: {text}");
 }
 
-/// Writes one line to stderr, as it is.
-pub(crate) fn aside(text: impl Display) {
-    let _ = writeln!(io::stderr().lock(), "{text}");
-}
-
 /// Says what went wrong, with its causes, and gives the exit code.
 pub(crate) fn fail(error: &anyhow::Error, code: u8) -> ExitCode {
     note(format!("{error:#}"));

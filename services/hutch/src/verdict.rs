@@ -25,15 +25,6 @@ fn how(reason: Reason, result: &JobResult) -> String {
     }
 }
 
-/// The end of the program, in a word: `exit 0`, `SIGKILL`, or nothing.
-pub(crate) fn end(result: &JobResult) -> String {
-    match (&result.signal, result.exit_code) {
-        (Some(signal), _) => safe(signal),
-        (None, Some(code)) => format!("exit {code}"),
-        (None, None) => "-".to_owned(),
-    }
-}
-
 /// Status and reason in a word or two.
 pub(crate) fn short(result: &JobResult) -> String {
     match result.reason {

@@ -10,18 +10,18 @@ use std::time::{Duration, Instant};
 use hutch_layers::{BlobStore, StoreError};
 use hutch_proto::{Digest, JobResult, JobSpec, Reason, Status, Timestamp};
 use hutch_queue::Queue;
-use hutch_sandbox::{JobFacts, Order, Report};
+use hutch_sandbox::{Engine, JobFacts, Order, Remains, Report};
 use tokio_util::sync::CancellationToken;
 
+use crate::WorkerConfig;
 use crate::inputs::{self, InputError};
 use crate::relay::{Relay, Speaker};
-use crate::{Runner, WorkerConfig};
 
 /// How an attempt ended.
 #[derive(Debug)]
 pub(crate) enum Outcome {
     /// With a verdict on the job.
-    Verdict(Box<JobResult>),
+    Verdict(Box<JobResult>, Option<Box<Remains>>),
     /// With a fault of this host: nothing is said of the job.
     Fault {
         /// `host_error`, or what the engine called it.
@@ -40,7 +40,7 @@ impl Outcome {
 /// What every attempt of a worker shares.
 #[derive(Clone)]
 pub(crate) struct Means {
-    pub(crate) runner: Arc<dyn Runner>,
+    pub(crate) engine: Engine,
     pub(crate) queue: Arc<dyn Queue>,
     pub(crate) blobs: BlobStore,
     pub(crate) config: Arc<WorkerConfig>,
@@ -61,17 +61,17 @@ pub(crate) struct Attempt {
 
 impl Attempt {
     /// Makes the attempt.
-    pub(crate) async fn run(mut self) -> Outcome {
+    pub(crate) async fn run(self) -> Outcome {
         let facts = self.facts();
-        match self.fetch().await {
+        let Self { means, slot, mut job, cancel, hurry, .. } = self;
+        match fetch(&means, &mut job, &hurry).await {
             Ok(()) => {}
             Err(InputError::Wrong(problem)) => return rejected(facts, problem.to_string()),
             Err(error) => return Outcome::fault(error.to_string()),
         }
         let speaker = Speaker { id: facts.id, attempt: facts.attempt, worker: facts.worker.clone() };
-        let relay = Relay::start(Arc::clone(&self.means.queue), speaker);
-        let order = Order { job: self.job.clone(), slot: self.slot, cancel: self.cancel.clone() };
-        let mut report = self.means.runner.run(order, &relay).await;
+        let relay = Relay::start(Arc::clone(&means.queue), speaker);
+        let mut report = means.engine.run(Order { job, slot, cancel }, &relay).await;
         relay.close().await;
         if report.status == Status::InfraError {
             return Outcome::Fault {
@@ -79,8 +79,11 @@ impl Attempt {
                 message: report.message,
             };
         }
-        match self.keep_archive(&mut report).await {
-            Ok(()) => Outcome::Verdict(Box::new(report.into_result(facts))),
+        match keep_archive(&means, &mut report, &hurry).await {
+            Ok(()) => {
+                let remains = report.remains.take().map(Box::new);
+                Outcome::Verdict(Box::new(report.into_result(facts)), remains)
+            }
             Err(error) => Outcome::fault(format!("the outputs could not be kept: {}", error.full())),
         }
     }
@@ -94,39 +97,43 @@ impl Attempt {
             labels: self.job.labels.clone(),
         }
     }
+}
 
-    async fn fetch(&mut self) -> Result<(), InputError> {
-        let mut patience = Patience::new(&self.means.config, &self.hurry);
-        let most = self.means.config.max_input_bytes;
-        loop {
-            match inputs::resolve(&mut self.job, &self.means.blobs, most).await {
-                Err(InputError::Store { source, .. })
-                    if source.is_transient() && patience.wait(&source).await => {}
-                done => return done,
-            }
+/// Puts bytes in place of the blobs that the job names.
+async fn fetch(means: &Means, job: &mut JobSpec, hurry: &CancellationToken) -> Result<(), InputError> {
+    let mut patience = Patience::new(&means.config, hurry);
+    loop {
+        match inputs::resolve(job, &means.blobs, means.config.max_input_bytes).await {
+            Err(InputError::Store { source, .. })
+                if source.is_transient() && patience.wait(&source).await => {}
+            done => return done,
         }
     }
+}
 
-    /// Puts the archive into the store under the digest that the report names.
-    async fn keep_archive(&self, report: &mut Report) -> Result<(), StoreError> {
-        let Some((archive, file)) = report.outputs.archive.as_ref().zip(report.archive.take()) else {
-            return Ok(());
-        };
-        let mut patience = Patience::new(&self.means.config, &self.hurry);
-        loop {
-            match self.put(&file, &archive.blob).await {
-                Err(error) if error.is_transient() && patience.wait(&error).await => {}
-                done => return done,
-            }
+/// Puts the archive into the store under the digest that the report names.
+async fn keep_archive(
+    means: &Means,
+    report: &mut Report,
+    hurry: &CancellationToken,
+) -> Result<(), StoreError> {
+    let Some((archive, file)) = report.outputs.archive.as_ref().zip(report.archive.take()) else {
+        return Ok(());
+    };
+    let mut patience = Patience::new(&means.config, hurry);
+    loop {
+        match put(means, &file, &archive.blob).await {
+            Err(error) if error.is_transient() && patience.wait(&error).await => {}
+            done => return done,
         }
     }
+}
 
-    async fn put(&self, file: &File, digest: &Digest) -> Result<(), StoreError> {
-        let again = file
-            .try_clone()
-            .map_err(|source| StoreError::Transfer { operation: "cannot reopen the archive", source })?;
-        self.means.blobs.put_file(again, digest).await.map(drop)
-    }
+async fn put(means: &Means, file: &File, digest: &Digest) -> Result<(), StoreError> {
+    let again = file
+        .try_clone()
+        .map_err(|source| StoreError::Transfer { operation: "cannot reopen the archive", source })?;
+    means.blobs.put_file(again, digest).await.map(drop)
 }
 
 /// The result of a job that asks for what cannot be given.
@@ -135,7 +142,7 @@ fn rejected(facts: JobFacts, message: String) -> Outcome {
         JobResult::without_run(facts.id, facts.labels, facts.submitted_at, Reason::SpecInvalid, message);
     result.attempt = facts.attempt;
     result.worker = facts.worker;
-    Outcome::Verdict(Box::new(result))
+    Outcome::Verdict(Box::new(result), None)
 }
 
 /// Waits between tries, longer each time, until it has waited enough.

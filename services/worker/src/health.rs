@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use nix::sys::statvfs::statvfs;
@@ -24,6 +24,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 pub(crate) struct Health {
     data_dir: PathBuf,
     failures: Mutex<Failures>,
+    broken: OnceLock<String>,
 }
 
 #[derive(Debug, Default)]
@@ -34,7 +35,7 @@ struct Failures {
 
 impl Health {
     pub(crate) fn new(data_dir: PathBuf) -> Self {
-        Self { data_dir, failures: Mutex::default() }
+        Self { data_dir, failures: Mutex::default(), broken: OnceLock::new() }
     }
 
     /// Why no job should be taken now; none if one may.
@@ -51,6 +52,16 @@ impl Health {
         }
         drop(failures);
         self.unfit()
+    }
+
+    /// Nothing can be run here any more, whatever is waited for.
+    pub(crate) fn breaks(&self, why: &str) {
+        let _ = self.broken.set(why.to_owned());
+    }
+
+    /// Why nothing can be run here any more; none if something can.
+    pub(crate) fn broken(&self) -> Option<String> {
+        self.broken.get().cloned()
     }
 
     /// A job ran to a verdict.

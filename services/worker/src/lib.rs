@@ -17,15 +17,11 @@ mod inputs;
 mod live;
 mod metrics;
 mod relay;
-mod runner;
 mod slot;
-#[cfg(test)]
-mod tests;
 mod worker;
 
 pub use config::WorkerConfig;
 pub use drain::Drain;
 pub use http::router;
 pub use inputs::{InputError, resolve as resolve_inputs};
-pub use runner::Runner;
 pub use worker::{Worker, WorkerError};

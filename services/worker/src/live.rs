@@ -7,17 +7,16 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hutch_queue::Queue;
-use hutch_sandbox::SlotGauges;
+use hutch_sandbox::{Engine, SlotGauges};
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{CounterVec, GaugeVec, IntCounter, IntGauge, Opts};
 
-use crate::Runner;
 use crate::metrics::seconds;
 
 /// Reads the gauges of an engine and the counters of a queue, whenever it is collected.
 pub(crate) struct Live {
-    runner: Arc<dyn Runner>,
+    engine: Engine,
     queue: Arc<dyn Queue>,
     state: Mutex<State>,
     memory: GaugeVec,
@@ -64,10 +63,10 @@ impl fmt::Debug for Live {
 }
 
 impl Live {
-    pub(crate) fn new(runner: Arc<dyn Runner>, queue: Arc<dyn Queue>) -> prometheus::Result<Self> {
+    pub(crate) fn new(engine: Engine, queue: Arc<dyn Queue>) -> prometheus::Result<Self> {
         let slot = &["slot"][..];
         Ok(Self {
-            runner,
+            engine,
             queue,
             state: Mutex::default(),
             memory: gauge("hutch_cgroup_memory_bytes", "Memory of the job in a slot.", slot)?,
@@ -119,7 +118,7 @@ impl Live {
     }
 
     fn refresh(&self) {
-        let gauges = self.runner.gauges();
+        let gauges = self.engine.gauges();
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let now: BTreeSet<u32> = gauges.iter().map(|slot| slot.slot).collect();
         for gone in state.slots.difference(&now) {
@@ -160,7 +159,7 @@ impl Live {
         let counters = self.queue.counters();
         raise(&self.reconnects, counters.reconnects);
         raise(&self.redeliveries, counters.redeliveries);
-        raise(&self.reaped, self.runner.reaped());
+        raise(&self.reaped, self.engine.reaped());
         self.build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1.0);
     }
 

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use hutch_proto::{JobResult, Reason, Status};
 use hutch_queue::{Consumer, ConsumerConfig, Finished, GiveBack, Lease, QueueError};
+use hutch_sandbox::Remains;
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
@@ -121,11 +122,20 @@ impl Slot {
         let told = match ended {
             Ended { cut_short: true, .. } => {
                 tracing::info!(slot = self.number, %id, "the worker ends, the job is given back");
-                consumer.give_back(lease, GiveBack::Unspent).await
+                self.answer(consumer.give_back(lease, GiveBack::Unspent)).await
             }
-            Ended { outcome: Outcome::Verdict(result), .. } => {
+            Ended { outcome: Outcome::Verdict(result, remains), .. } => {
                 self.health.succeeded();
-                self.finish(consumer, lease, *result).await
+                let told = self.finish(consumer, lease, *result).await;
+                take_down(remains).await;
+                told
+            }
+            Ended { outcome: Outcome::Fault { .. }, .. } if !self.means.engine.is_alive() => {
+                tracing::error!(slot = self.number, %id, "the launcher is gone, the job is given back");
+                self.health
+                    .breaks("the launcher is gone: no sandbox can be made any more; start the worker again");
+                self.drain.stop.cancel();
+                consumer.give_back(lease, GiveBack::Unspent).await
             }
             Ended { outcome: Outcome::Fault { reason, message }, .. } => {
                 return self.fault(consumer, lease, reason, message).await;
@@ -177,7 +187,7 @@ impl Slot {
         );
         // The queue needs the result whole; what the metrics need of it is small.
         let measured = measured(&result);
-        if consumer.finish(lease, result).await? == Finished::Recorded {
+        if self.answer(consumer.finish(lease, result)).await? == Finished::Recorded {
             self.metrics.answered(&queue, &measured);
         }
         Ok(())
@@ -198,13 +208,25 @@ impl Slot {
             let job = &lease.job;
             JobResult::without_run(job.id, job.labels.clone(), lease.submitted_at, reason, "")
         });
-        let told = consumer.give_back(lease, GiveBack::Failed { reason, message }).await;
+        let told = self.answer(consumer.give_back(lease, GiveBack::Failed { reason, message })).await;
         if told.is_ok() {
             self.metrics.fault(&queue, reason, last.as_ref());
         }
         self.heard(told)?;
         self.pause(pause).await;
         Ok(())
+    }
+
+    /// The queue's answer; a worker that must end at once waits for it only a little longer.
+    async fn answer<T>(&self, answer: impl Future<Output = Result<T, QueueError>>) -> Result<T, QueueError> {
+        let too_late = async {
+            self.drain.hurry.cancelled().await;
+            tokio::time::sleep(LAST_WORDS).await;
+        };
+        tokio::select! {
+            answer = answer => answer,
+            () = too_late => Err(QueueError::Unavailable("the worker ends before it answers".to_owned())),
+        }
     }
 
     /// A lease that was lost is no reason to stop.
@@ -228,6 +250,13 @@ impl Slot {
     }
 }
 
+/// Takes a job's dead sandboxes down; the slot takes no other job before.
+async fn take_down(remains: Option<Box<Remains>>) {
+    if tokio::task::spawn_blocking(move || drop(remains)).await.is_err() {
+        tracing::error!("a sandbox could not be taken down, it is left for the reaper");
+    }
+}
+
 /// What an attempt says after it was told to end at once. A verdict that it had reached by itself
 /// stands; all else was cut short, unless somebody had asked for it.
 async fn last_words(mut attempt: JoinHandle<Outcome>, asked: bool) -> Ended {
@@ -237,7 +266,7 @@ async fn last_words(mut attempt: JoinHandle<Outcome>, asked: bool) -> Ended {
     };
     let outcome = outcome_of(ended);
     let cut_short = match &outcome {
-        Outcome::Verdict(result) => result.status == Status::Cancelled && !asked,
+        Outcome::Verdict(result, _) => result.status == Status::Cancelled && !asked,
         Outcome::Fault { .. } => true,
     };
     Ended { outcome, cut_short }

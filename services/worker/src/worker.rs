@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use hutch_layers::BlobStore;
 use hutch_queue::{Queue, QueueError};
+use hutch_sandbox::Engine;
 use prometheus::Registry;
 use tokio::task::JoinSet;
 
@@ -13,7 +14,7 @@ use crate::health::Health;
 use crate::live::{Live, Shared};
 use crate::metrics::Metrics;
 use crate::slot::Slot;
-use crate::{Drain, Runner, WorkerConfig};
+use crate::{Drain, WorkerConfig};
 
 /// Why there can be no worker, or why it ended before it was told to.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +25,9 @@ pub enum WorkerError {
     /// The queue cannot work as it is set up.
     #[error("{0}")]
     Queue(#[from] QueueError),
+    /// No sandbox can be made any more; a new worker may do better.
+    #[error("{0}")]
+    Broken(String),
     /// A slot ended in a way that it never should.
     #[error("slot ended: {0}")]
     Slot(String),
@@ -51,18 +55,18 @@ impl Worker {
     /// # Errors
     /// [`WorkerError::Metrics`] if a label of `metric_labels` cannot be a label of metrics.
     pub fn new(
-        runner: Arc<dyn Runner>,
+        engine: Engine,
         queue: Arc<dyn Queue>,
         blobs: BlobStore,
         config: WorkerConfig,
     ) -> Result<Self, WorkerError> {
         let registry = Registry::new();
         let metrics = Metrics::new(&registry, config.slots, &config.metric_labels)?;
-        let live = Arc::new(Live::new(Arc::clone(&runner), Arc::clone(&queue))?);
+        let live = Arc::new(Live::new(engine.clone(), Arc::clone(&queue))?);
         registry.register(Box::new(Shared(Arc::clone(&live))))?;
         Ok(Self {
             health: Arc::new(Health::new(config.data_dir.clone())),
-            means: Means { runner, queue, blobs, config: Arc::new(config) },
+            means: Means { engine, queue, blobs, config: Arc::new(config) },
             metrics: Arc::new(metrics),
             live,
             registry,
@@ -122,7 +126,10 @@ impl Worker {
             }
         }
         grace.abort();
-        end
+        match self.health.broken() {
+            Some(why) => Err(WorkerError::Broken(why)),
+            None => end,
+        }
     }
 }
 

@@ -252,7 +252,7 @@ pub(crate) async fn a_running_job_is_cancelled<H: Home>() {
     assert_eq!(result(&queue, spec.id).await, answer);
 }
 
-fn started(lease: &hutch_queue::Lease) -> Event {
+pub(crate) fn started(lease: &hutch_queue::Lease) -> Event {
     Event {
         id: lease.job.id,
         attempt: lease.attempt,

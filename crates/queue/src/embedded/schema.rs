@@ -318,17 +318,8 @@ pub(super) fn cancel(
 
 /// Forgets jobs that ended before `moment`, at most `limit` of them; how many there were.
 pub(super) fn prune(db: &Connection, moment: Timestamp, limit: u32) -> rusqlite::Result<usize> {
-    let mut query =
-        db.prepare_cached("SELECT seq FROM jobs WHERE finished_at < ?1 ORDER BY finished_at LIMIT ?2")?;
-    let old: Vec<i64> =
-        query.query_map(params![moment.unix_ms(), limit], |row| row.get(0))?.collect::<Result<_, _>>()?;
-    for seq in &old {
-        for table in ["job_labels", "results", "specs", "jobs"] {
-            db.prepare_cached(&format!("DELETE FROM {table} WHERE seq = ?1"))?.execute([seq])?;
-        }
-    }
     db.prepare_cached("DELETE FROM dead_letters WHERE at < ?1")?.execute([moment.unix_ms()])?;
-    Ok(old.len())
+    views::prune(db, moment, limit, &["job_labels", "results", "specs", "jobs"])
 }
 
 /// Jobs that were given up, oldest first.

@@ -71,6 +71,9 @@ pub(super) fn make_directory(root: BorrowedFd<'_>, path: &CStr, mode: u32, owner
             Err(Errno::ENOENT) => {
                 let name = prefix.to_bytes_with_nul().get(last..).ok_or(Errno::EINVAL)?;
                 let name = CStr::from_bytes_with_nul(name).map_err(|_| Errno::EINVAL)?;
+                if name.to_bytes().contains(&b'/') {
+                    return Err(Errno::EINVAL);
+                }
                 make_one(here.as_fd(), name, mode, owner)?;
                 let made = open_beneath(here.as_fd(), name, flags, 0, RESOLVE_NO_MAGICLINKS)?;
                 change_owner(made.as_fd(), owner)?;

@@ -1,70 +1,105 @@
-//! The child's side, after clone: init builds the sandbox, starts the program and reaps.
+//! The child's side, after clone: init prepares, waits for its order, builds the sandbox, starts the program
+//! and reaps.
 //!
-//! In order: init leaves the network, walks the plan's steps, clones the program into a user
-//! namespace of its own, writes that namespace's id maps, gives up its own privileges, and waits. The
-//! program's process ([`program`]) enters its cgroup, writes files, becomes the user, confines itself
-//! and runs. When it ends, init says how and ends too; being pid 1 of the sandbox, it takes all
-//! that is left of it along (pid_namespaces(7)).
+//! In order: init prepares what is the same for every job ([`parked`]) and waits for an order; it walks the
+//! order's steps, starts the program's process, gives up its own privileges, and waits. The program's
+//! process ([`program`]) enters its cgroup and its user namespace, writes files, becomes the user, confines itself
+//! and runs; until then it shares init's memory, and init stands still. When it ends, init says how and
+//! ends too; being pid 1 of the sandbox, it takes all that is left of it along (pid_namespaces(7)).
 //!
-//! Nothing in here allocates, locks, logs or panics.
+//! Nothing in here allocates, locks, logs or panics: space was made before ([`Workspace`]), and the order is
+//! read where it lies.
 
 mod files;
+pub(crate) mod parked;
 mod program;
+mod receive;
 mod steps;
 pub mod user;
 
-use core::fmt::Write as _;
 use std::ffi::CStr;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 
-use nix::fcntl::{OFlag, openat};
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
 use crate::bpf::Instruction;
-use crate::plan::{IdRange, Plan, ProgramCgroup};
+use crate::order::{CgroupRef, Order};
+use crate::plan::{FdIndex, IdRange};
 use crate::process::{
-    CAP_KILL, Cloned, clone_process, close_range, exit_now, flags, keep_capabilities, monotonic_ns, prctl,
+    Beside, CAP_KILL, Stack, close_range, exit_now, keep_capabilities, monotonic_ns, prctl, start_sharing,
 };
 use crate::record::{Record, Stage};
 use crate::{Errno, Result};
+use receive::Mailbox;
 
 /// The most bytes of passwd and group that are read.
 const MAX_DATABASE: usize = 1 << 20;
+/// Stack of the program's process until exec: copying a file takes 32 KiB of it.
+const STACK_KIB: usize = 256;
+/// The most arguments and variables of a program, and their ends.
+const MAX_ARGV: usize = 4096 + 1;
+const MAX_ENVP: usize = 4096 + 3;
 
-/// Everything that init and the program's process will need, made before the clone.
-pub(crate) struct Sandbox<'a> {
-    plan: &'a Plan,
-    fds: &'a [OwnedFd],
-    filter: &'a [Instruction],
-    report: BorrowedFd<'a>,
-    argv: Vec<*const libc::c_char>,
-    /// The environment, with room for HOME and USER and the end.
-    envp: Vec<*const libc::c_char>,
+/// Space that every sandbox's child uses, made once; each child has a copy of its own.
+pub(crate) struct Workspace {
+    mailbox: Mailbox,
     /// Bytes of a passwd or group file.
     database: Vec<u8>,
+    /// The program's process runs on it until exec.
+    stack: Stack,
+    argv: Vec<*const libc::c_char>,
+    envp: Vec<*const libc::c_char>,
 }
 
-impl<'a> Sandbox<'a> {
-    pub(crate) fn new(plan: &'a Plan, fds: &'a [OwnedFd], filter: &'a [Instruction]) -> Result<Self> {
-        let report = fds.get(usize::from(plan.report)).ok_or(Errno::EBADF)?.as_fd();
-        let program = &plan.program;
-        let mut argv: Vec<_> = program.argv.iter().map(|text| text.as_ptr()).collect();
-        argv.push(core::ptr::null());
-        let mut envp: Vec<_> = program.env.iter().map(|text| text.as_ptr()).collect();
-        envp.extend([core::ptr::null(); 3]);
-        Ok(Self { plan, fds, filter, report, argv, envp, database: vec![0; MAX_DATABASE] })
+impl Workspace {
+    pub(crate) fn new() -> Self {
+        Self {
+            mailbox: Mailbox::new(),
+            database: vec![0; MAX_DATABASE],
+            stack: Stack::new(STACK_KIB),
+            argv: Vec::with_capacity(MAX_ARGV),
+            envp: Vec::with_capacity(MAX_ENVP),
+        }
     }
 
-    fn fd(&self, index: u16) -> Result<BorrowedFd<'a>> {
-        self.fds.get(usize::from(index)).map(OwnedFd::as_fd).ok_or(Errno::EBADF)
+    /// The stack, for a process of the launcher's own.
+    pub(crate) fn stack(&mut self) -> &mut Stack {
+        &mut self.stack
+    }
+}
+
+/// A sandbox whose order is there.
+pub(crate) struct Sandbox<'a> {
+    order: Order<'a>,
+    fds: &'a [RawFd],
+    report: BorrowedFd<'a>,
+    userns: BorrowedFd<'a>,
+    filter: &'a [Instruction],
+    database: &'a mut [u8],
+    argv: &'a mut Vec<*const libc::c_char>,
+    envp: &'a mut Vec<*const libc::c_char>,
+}
+
+impl Sandbox<'_> {
+    fn fd(&self, index: FdIndex) -> Result<BorrowedFd<'_>> {
+        fd_of(self.fds, index)
     }
 
     fn report(&self, record: Record) {
-        let _ = nix::unistd::write(self.report, &record.to_bytes());
+        tell(self.report, record);
     }
+}
+
+fn fd_of(fds: &[RawFd], index: FdIndex) -> Result<BorrowedFd<'_>> {
+    let fd = *fds.get(usize::from(index)).ok_or(Errno::EBADMSG)?;
+    // SAFETY: the descriptors came with the order and stay open until exec or exit.
+    Ok(unsafe { BorrowedFd::borrow_raw(fd) })
+}
+
+fn tell(report: BorrowedFd<'_>, record: Record) {
+    let _ = nix::unistd::write(report, &record.to_bytes());
 }
 
 /// Why set-up ended early.
@@ -85,78 +120,91 @@ impl Failure {
     }
 }
 
+impl From<Failure> for Record {
+    fn from(Failure { stage, errno, index }: Failure) -> Self {
+        Self::Failed { stage, errno: errno as i32, index }
+    }
+}
+
 /// The life of a sandbox's pid 1.
-pub(crate) fn init(sandbox: &mut Sandbox<'_>) -> ! {
-    let code = match start(sandbox) {
-        Ok(program) => wait_for(sandbox, program),
-        Err(Failure { stage, errno, index }) => {
-            sandbox.report(Record::Failed { stage, errno: errno as i32, index });
+pub(crate) fn init(
+    workspace: &mut Workspace,
+    socket: BorrowedFd<'_>,
+    ids: IdRange,
+    filter: &[Instruction],
+) -> ! {
+    let Workspace { mailbox, database, stack, argv, envp } = workspace;
+    let prepared = begin().map_err(Failure::at(Stage::Launch)).and_then(|()| parked::prepare(ids, stack));
+    // Without an order there is nobody to tell anything.
+    let Ok(Some((bytes, fds))) = mailbox.receive(socket) else { exit_now(1) };
+    let Ok(order) = Order::parse(bytes) else { exit_now(1) };
+    let Ok(report) = fd_of(fds, order.report) else { exit_now(1) };
+    let started = prepared.and_then(|userns| {
+        let userns = lasting(userns);
+        let mut sandbox = Sandbox { order, fds, report, userns, filter, database, argv, envp };
+        start(&mut sandbox, stack, ids)
+    });
+    let code = match started {
+        Ok(program) => wait_for(report, program),
+        Err(failure) => {
+            tell(report, failure.into());
             1
         }
     };
     exit_now(code)
 }
 
-fn start(sandbox: &mut Sandbox<'_>) -> core::result::Result<Pid, Failure> {
-    let launch = Failure::at(Stage::Launch);
-    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(&launch)?;
-    prctl(libc::PR_SET_DUMPABLE, 0, 0).map_err(&launch)?;
+/// A descriptor that stays open until exec or exit.
+fn lasting(fd: OwnedFd) -> BorrowedFd<'static> {
+    let raw = fd.as_raw_fd();
+    core::mem::forget(fd);
+    // SAFETY: its owner was just forgotten, so nobody closes it.
+    unsafe { BorrowedFd::borrow_raw(raw) }
+}
+
+fn begin() -> Result<()> {
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    prctl(libc::PR_SET_DUMPABLE, 0, 0)?;
     let mut mask = SigSet::empty();
     mask.add(Signal::SIGCHLD);
     mask.add(Signal::SIGTERM);
-    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&mask), None).map_err(&launch)?;
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&mask), None)?;
     nix::sys::stat::umask(Mode::empty());
-    isolate_network().map_err(Failure::at(Stage::Network))?;
-    nix::unistd::sethostname(sandbox.plan.hostname.as_str()).map_err(&launch)?;
+    Ok(())
+}
+
+/// Builds the sandbox and starts the program.
+fn start(sandbox: &mut Sandbox<'_>, stack: &mut Stack, ids: IdRange) -> core::result::Result<Pid, Failure> {
+    let launch = Failure::at(Stage::Launch);
+    // The prepared namespace maps these and no others.
+    if sandbox.order.ids != ids {
+        return Err(launch(Errno::EBADMSG));
+    }
+    nix::unistd::sethostname(sandbox.order.hostname).map_err(&launch)?;
     steps::walk(sandbox)?;
-    let program = start_program(sandbox)?;
+    let program = start_program(sandbox, stack)?;
     retire(sandbox).map_err(Failure::at(Stage::Confine))?;
     Ok(program)
 }
 
-/// A new network namespace with loopback up and nothing else: netdevice(7).
-fn isolate_network() -> Result<()> {
-    unshare(CloneFlags::CLONE_NEWNET)?;
-    // SAFETY: socket(2) takes integers only.
-    let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-    let socket = Errno::result(socket)?;
-    // SAFETY: the descriptor is new and nobody else's.
-    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
-    // SAFETY: an all-zero ifreq is valid.
-    let mut request: libc::ifreq = unsafe { core::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(c"lo".to_bytes()) {
-        *to = libc::c_char::try_from(*from).unwrap_or(0);
-    }
-    request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_UP | libc::IFF_RUNNING).unwrap_or(0);
-    // SAFETY: `request` is an ifreq whose name and flags are set, as SIOCSIFFLAGS wants.
-    let answer = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
-    Errno::result(answer).map(drop)
+/// Starts the program's process; it has become the program, or failed, when this returns.
+fn start_program(sandbox: &mut Sandbox<'_>, stack: &mut Stack) -> core::result::Result<Pid, Failure> {
+    let cloning = Failure::at(Stage::Clone);
+    let fds = sandbox.fds;
+    let cgroup = match sandbox.order.program.cgroup {
+        CgroupRef::Tasks(_) => None,
+        CgroupRef::Unified(dir, _) => Some(fd_of(fds, dir).map_err(&cloning)?),
+    };
+    let argument = core::ptr::from_mut(sandbox).cast();
+    // SAFETY: init has one thread; `run_program` does not return, and writes only to the sandbox that it is given.
+    let pid = unsafe { start_sharing(0, Beside::Waits, cgroup, stack, run_program, argument) };
+    pid.map(Pid::from_raw).map_err(&cloning)
 }
 
-/// Clones the program's process and maps its ids.
-fn start_program(sandbox: &mut Sandbox<'_>) -> core::result::Result<Pid, Failure> {
-    let cloning = Failure::at(Stage::Clone);
-    let (wait, go) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(&cloning)?;
-    let cgroup = match &sandbox.plan.program.cgroup {
-        ProgramCgroup::Tasks(_) => None,
-        ProgramCgroup::Unified(dir, _) => Some(sandbox.fd(*dir).map_err(&cloning)?),
-    };
-    // SAFETY: init has one thread, and `program::run` never returns.
-    match unsafe { clone_process(flags::NEWUSER, cgroup) }.map_err(&cloning)? {
-        Cloned::Child => {
-            drop(go);
-            program::run(sandbox, &wait)
-        }
-        Cloned::Parent { pid, .. } => {
-            let mapping = Failure::at(Stage::IdMap);
-            let root =
-                openat(nix::fcntl::AT_FDCWD, c"/proc", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
-                    .map_err(&mapping)?;
-            write_id_maps(root.as_fd(), pid, sandbox.plan.ids).map_err(&mapping)?;
-            nix::unistd::write(&go, &[0]).map_err(&mapping)?;
-            Ok(Pid::from_raw(pid))
-        }
-    }
+extern "C" fn run_program(sandbox: *mut libc::c_void) -> ! {
+    // SAFETY: `start_program` passes a sandbox, and waits while this process uses it.
+    let sandbox = unsafe { &mut *sandbox.cast::<Sandbox<'_>>() };
+    program::run(sandbox)
 }
 
 /// init's own end of privileges: it keeps the report, and the right to signal within its namespace.
@@ -164,9 +212,9 @@ fn retire(sandbox: &Sandbox<'_>) -> Result<()> {
     let report = libc::c_uint::try_from(sandbox.report.as_raw_fd()).map_err(|_| Errno::EBADF)?;
     close_range(0, report.saturating_sub(1))?;
     close_range(report + 1, libc::c_uint::MAX)?;
-    crate::process::forbid_capabilities()?;
     crate::process::set_groups(&[])?;
-    let base = sandbox.plan.ids.base;
+    let base = sandbox.order.ids.base;
+    prctl(libc::PR_SET_KEEPCAPS, 1, 0)?;
     crate::process::set_ids(base, base)?;
     keep_capabilities(CAP_KILL)?;
     // A change of ids takes it away: PR_SET_PDEATHSIG(2const).
@@ -175,7 +223,7 @@ fn retire(sandbox: &Sandbox<'_>) -> Result<()> {
 }
 
 /// Reaps until the program has ended, passing SIGTERM on, and says how it ended.
-fn wait_for(sandbox: &Sandbox<'_>, program: Pid) -> libc::c_int {
+fn wait_for(report: BorrowedFd<'_>, program: Pid) -> libc::c_int {
     let mut mask = SigSet::empty();
     mask.add(Signal::SIGCHLD);
     mask.add(Signal::SIGTERM);
@@ -184,7 +232,7 @@ fn wait_for(sandbox: &Sandbox<'_>, program: Pid) -> libc::c_int {
         // SAFETY: `wait_status` is an int that the call fills.
         let pid = unsafe { libc::waitpid(-1, &raw mut wait_status, libc::WNOHANG) };
         if pid == program.as_raw() {
-            sandbox.report(Record::Ended { wait_status, at_ns: monotonic_ns() });
+            tell(report, Record::Ended { wait_status, at_ns: monotonic_ns() });
             return 0;
         }
         if pid > 0 {
@@ -225,26 +273,4 @@ impl core::fmt::Write for Line {
         self.length = end;
         Ok(())
     }
-}
-
-fn write_map(proc_dir: BorrowedFd<'_>, pid: libc::pid_t, name: &str, ids: IdRange) -> Result<()> {
-    let mut path = Line::new();
-    write!(path, "{pid}/{name}").map_err(|_| Errno::ENAMETOOLONG)?;
-    let mut map = Line::new();
-    writeln!(map, "0 {} {}", ids.base, ids.count).map_err(|_| Errno::ENAMETOOLONG)?;
-    let file = openat(proc_dir, path.as_cstr()?, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
-    nix::unistd::write(&file, map.as_bytes()).map(drop)
-}
-
-/// Writes uid_map and gid_map of a process: user_namespaces(7).
-pub(crate) fn write_id_maps(proc_dir: BorrowedFd<'_>, pid: libc::pid_t, ids: IdRange) -> Result<()> {
-    write_map(proc_dir, pid, "uid_map", ids)?;
-    write_map(proc_dir, pid, "gid_map", ids)
-}
-
-/// The user namespace of a process.
-pub(crate) fn open_user_namespace(proc_dir: BorrowedFd<'_>, pid: libc::pid_t) -> Result<OwnedFd> {
-    let mut path = Line::new();
-    write!(path, "{pid}/ns/user").map_err(|_| Errno::ENAMETOOLONG)?;
-    openat(proc_dir, path.as_cstr()?, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
 }

@@ -1,7 +1,6 @@
 //! The program's process, from its clone to exec.
 //!
-//! In order: cgroup and cgroup namespace; wait for the id maps; root of the sandbox, in its user
-//! namespace only; files; who the user is, with an entry and a home made where there are none; working
+//! In order: cgroup and cgroup namespace; user namespace, whose ids are mapped already, and its root there; files; who the user is, with an entry and a home made where there are none; working
 //! directory; resource limits; descriptors; user; capabilities; seccomp; exec. All capabilities it
 //! has on the way are those of its own user namespace: a bind-mounted volume of the host is as
 //! closed to it as to any stranger.
@@ -19,10 +18,10 @@ use super::files::{
 };
 use super::user::{Key, find_group, find_user, groups_of};
 use super::{Failure, Line, Sandbox};
-use crate::plan::ProgramCgroup;
+use crate::order::{CgroupRef, FileRef, List, TextRef};
 use crate::process::{
     close_at_exec, exec, exit_now, forbid_capabilities, install_filter, keep_capabilities, monotonic_ns,
-    reset_signals, set_groups, set_ids, set_rlimit,
+    set_groups, set_ids, set_rlimit, unblock_signals,
 };
 use crate::record::{Record, Stage};
 use crate::{Errno, Result};
@@ -43,23 +42,16 @@ struct Identity {
 }
 
 /// Becomes the program, or says why not and ends.
-pub(super) fn run(sandbox: &mut Sandbox<'_>, wait: &OwnedFd) -> ! {
-    let Err(Failure { stage, errno, index }) = prepare_and_exec(sandbox, wait);
+pub(super) fn run(sandbox: &mut Sandbox<'_>) -> ! {
+    let Err(Failure { stage, errno, index }) = prepare_and_exec(sandbox);
     sandbox.report(Record::Failed { stage, errno: errno as i32, index });
     exit_now(127)
 }
 
-fn prepare_and_exec(
-    sandbox: &mut Sandbox<'_>,
-    wait: &OwnedFd,
-) -> core::result::Result<core::convert::Infallible, Failure> {
+fn prepare_and_exec(sandbox: &mut Sandbox<'_>) -> core::result::Result<core::convert::Infallible, Failure> {
     enter_cgroup(sandbox).map_err(Failure::at(Stage::Cgroup))?;
     let mapping = Failure::at(Stage::IdMap);
-    match nix::unistd::read(wait, &mut [0]) {
-        Ok(1) => {}
-        Ok(_) => return Err(mapping(Errno::EPIPE)),
-        Err(e) => return Err(mapping(e)),
-    }
+    nix::sched::setns(sandbox.userns, CloneFlags::CLONE_NEWUSER).map_err(&mapping)?;
     set_ids(0, 0).map_err(&mapping)?;
     let root = openat(AT_FDCWD, c"/", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(&mapping)?;
     // Who the user is may be said by the job's own files: those come first.
@@ -68,8 +60,10 @@ fn prepare_and_exec(
     let owner = Owner { uid: identity.uid, gid: identity.gid };
     write_files(sandbox, root.as_fd(), |path| !is_database(path), owner)?;
     let cwd = open_cwd(sandbox, root.as_fd(), &identity).map_err(Failure::at(Stage::Cwd))?;
-    for (index, limit) in sandbox.plan.program.rlimits.iter().enumerate() {
-        set_rlimit(limit.resource, limit.soft, limit.hard).map_err(Failure::of(Stage::Rlimit, index))?;
+    for (index, limit) in sandbox.order.program.rlimits.enumerate() {
+        limit
+            .and_then(|limit| set_rlimit(limit.resource, limit.soft, limit.hard))
+            .map_err(Failure::of(Stage::Rlimit, index))?;
     }
     take_streams(sandbox).map_err(Failure::at(Stage::Stdio))?;
     confine(&identity).map_err(Failure::at(Stage::Confine))?;
@@ -79,9 +73,9 @@ fn prepare_and_exec(
 }
 
 fn enter_cgroup(sandbox: &Sandbox<'_>) -> Result<()> {
-    let (ProgramCgroup::Tasks(tasks) | ProgramCgroup::Unified(_, tasks)) = &sandbox.plan.program.cgroup;
+    let (CgroupRef::Tasks(tasks) | CgroupRef::Unified(_, tasks)) = sandbox.order.program.cgroup;
     for file in tasks {
-        nix::unistd::write(sandbox.fd(*file)?, b"0")?;
+        nix::unistd::write(sandbox.fd(file?)?, b"0")?;
     }
     unshare(CloneFlags::CLONE_NEWCGROUP)
 }
@@ -97,18 +91,21 @@ fn write_files(
     wanted: impl Fn(&CStr) -> bool,
     owner: Owner,
 ) -> core::result::Result<(), Failure> {
-    let program = &sandbox.plan.program;
-    for (index, file) in program.files.iter().enumerate().filter(|(_, file)| wanted(&file.path)) {
-        let write = || -> Result<()> {
-            let payload = sandbox.fd(program.payload.ok_or(Errno::EBADF)?)?;
-            make_parent(root, &file.path, owner)?;
+    for (index, file) in sandbox.order.program.files.enumerate() {
+        let write = |file: FileRef<'_>| -> Result<()> {
+            let path = file.path.get()?;
+            if !wanted(path) {
+                return Ok(());
+            }
+            let payload = sandbox.fd(sandbox.order.program.payload.ok_or(Errno::EBADF)?)?;
+            make_parent(root, path, owner)?;
             let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC;
-            let to = open_regular(root, &file.path, flags, 0o600)?;
+            let to = open_regular(root, path, flags, 0o600)?;
             files::copy_part(payload, file.offset, file.length, &to)?;
             fchmod(&to, Mode::from_bits_truncate(file.mode))?;
             change_owner(to.as_fd(), owner)
         };
-        write().map_err(Failure::of(Stage::File, index))?;
+        file.and_then(write).map_err(Failure::of(Stage::File, index))?;
     }
     Ok(())
 }
@@ -145,10 +142,9 @@ fn text<const N: usize>(prefix: &[u8], value: &[u8]) -> Result<[u8; N]> {
 
 /// Finds out who the user is; one that is given by number and has no entry gets one, and a home.
 fn identify(sandbox: &mut Sandbox<'_>, root: BorrowedFd<'_>) -> Result<Identity> {
-    let program = &sandbox.plan.program;
-    let key = Key::of(&program.user);
-    let wanted_group = program.group.as_deref().map(Key::of);
-    let passwd = read_database(root, c"/etc/passwd", &mut sandbox.database)?;
+    let key = Key::of(sandbox.order.program.user);
+    let wanted_group = sandbox.order.program.group.map(Key::of);
+    let passwd = read_database(root, c"/etc/passwd", sandbox.database)?;
     let ends = passwd.last().is_none_or(|byte| *byte == b'\n');
     let mut identity = match (find_user(passwd, key), key) {
         (Some(user), _) => Identity {
@@ -169,7 +165,7 @@ fn identify(sandbox: &mut Sandbox<'_>, root: BorrowedFd<'_>) -> Result<Identity>
         }
         (None, Key::Name(_)) => return Err(Errno::ENOENT),
     };
-    let group = read_database(root, c"/etc/group", &mut sandbox.database)?;
+    let group = read_database(root, c"/etc/group", sandbox.database)?;
     let ends = group.last().is_none_or(|byte| *byte == b'\n');
     match wanted_group {
         Some(Key::Id(gid)) => identity.gid = gid,
@@ -177,7 +173,7 @@ fn identify(sandbox: &mut Sandbox<'_>, root: BorrowedFd<'_>) -> Result<Identity>
         None => {}
     }
     // A layer's passwd may have ids that are not in the sandbox's map.
-    let end = sandbox.plan.ids.count;
+    let end = sandbox.order.ids.count;
     if identity.uid >= end || identity.gid >= end {
         return Err(Errno::ERANGE);
     }
@@ -232,14 +228,17 @@ fn open_cwd(sandbox: &Sandbox<'_>, root: BorrowedFd<'_>, identity: &Identity) ->
     let home =
         CStr::from_bytes_until_nul(identity.home.get(5..).unwrap_or_default()).map_err(|_| Errno::EINVAL)?;
     let home = if home.to_bytes().first() == Some(&b'/') { home } else { c"/" };
-    let path = sandbox.plan.program.cwd.as_deref().unwrap_or(home);
+    let path = match sandbox.order.program.cwd {
+        Some(cwd) => cwd.get()?,
+        None => home,
+    };
     let owner = Owner { uid: identity.uid, gid: identity.gid };
     make_directory(root, path, 0o755, owner)
 }
 
 /// Puts the program's streams at 0, 1 and 2; every other descriptor closes at exec.
 fn take_streams(sandbox: &Sandbox<'_>) -> Result<()> {
-    let [stdin, stdout, stderr] = sandbox.plan.program.stdio;
+    let [stdin, stdout, stderr] = sandbox.order.program.stdio;
     nix::unistd::dup2_stdin(sandbox.fd(stdin)?)?;
     nix::unistd::dup2_stdout(sandbox.fd(stdout)?)?;
     nix::unistd::dup2_stderr(sandbox.fd(stderr)?)?;
@@ -249,7 +248,7 @@ fn take_streams(sandbox: &Sandbox<'_>) -> Result<()> {
 fn confine(identity: &Identity) -> Result<()> {
     nix::unistd::setsid()?;
     nix::sys::stat::umask(Mode::from_bits_truncate(0o022));
-    reset_signals()?;
+    unblock_signals()?;
     forbid_capabilities()?;
     set_groups(identity.groups.get(..identity.group_count).unwrap_or_default())?;
     set_ids(identity.uid, identity.gid)?;
@@ -259,19 +258,21 @@ fn confine(identity: &Identity) -> Result<()> {
 
 /// Tries each candidate as execvp(3) does; returns the errno that says most.
 fn exec_first(sandbox: &mut Sandbox<'_>, identity: &Identity) -> Errno {
-    let program = &sandbox.plan.program;
-    let mut next = program.env.len();
-    for (wanted, text) in
-        [(program.set_home, identity.home.as_ptr()), (program.set_user, identity.user.as_ptr())]
+    let program = sandbox.order.program;
+    let env = [(program.set_home, identity.home.as_ptr()), (program.set_user, identity.user.as_ptr())];
+    let env = env.into_iter().filter(|(wanted, _)| *wanted).map(|(_, text)| text.cast());
+    if let Err(errno) = point_at(sandbox.argv, program.argv, core::iter::empty())
+        .and_then(|()| point_at(sandbox.envp, program.env, env))
     {
-        if let Some(place) = sandbox.envp.get_mut(next).filter(|_| wanted) {
-            *place = text.cast();
-            next += 1;
-        }
+        return errno;
     }
     sandbox.report(Record::Started { at_ns: monotonic_ns() });
     let mut said = Errno::ENOENT;
-    for candidate in &program.candidates {
+    for candidate in program.candidates {
+        let candidate = match candidate.and_then(TextRef::get) {
+            Ok(candidate) => candidate,
+            Err(errno) => return errno,
+        };
         // SAFETY: both arrays end with a null pointer, and their texts with a NUL.
         let errno = unsafe { exec(candidate, sandbox.argv.as_ptr(), sandbox.envp.as_ptr()) };
         match errno {
@@ -281,4 +282,21 @@ fn exec_first(sandbox: &mut Sandbox<'_>, identity: &Identity) -> Errno {
         }
     }
     said
+}
+
+/// Fills an array with pointers to texts, and ends it with a null pointer; E2BIG if there is no room.
+fn point_at(
+    array: &mut Vec<*const libc::c_char>,
+    texts: List<'_, TextRef<'_>>,
+    more: impl Iterator<Item = *const libc::c_char>,
+) -> Result<()> {
+    array.clear();
+    let texts = texts.map(|text| text.and_then(TextRef::get).map(CStr::as_ptr));
+    for pointer in texts.chain(more.map(Ok)).chain([Ok(core::ptr::null())]) {
+        if array.len() == array.capacity() {
+            return Err(Errno::E2BIG);
+        }
+        array.push(pointer?);
+    }
+    Ok(())
 }

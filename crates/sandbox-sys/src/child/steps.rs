@@ -8,12 +8,12 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::Mode;
 
 use super::files::{Owner, RESOLVE, make_directory};
-use super::{Failure, Sandbox};
+use super::{Failure, Sandbox, parked};
 use crate::mount::{
-    NODEV, NOEXEC, NOSUID, NewFilesystem, RDONLY, RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, attach, clone_tree,
-    open_beneath, restrict,
+    NODEV, NOSUID, NewFilesystem, RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, attach, clone_tree, open_beneath,
+    relocate, restrict,
 };
-use crate::plan::{MaskKind, Step};
+use crate::order::{List, StepRef, TextRef};
 use crate::record::Stage;
 use crate::{Errno, Result};
 
@@ -28,43 +28,42 @@ struct Site<'a> {
 
 /// Walks all steps; a failure names the step.
 pub(super) fn walk(sandbox: &Sandbox<'_>) -> core::result::Result<(), Failure> {
-    let base = sandbox.plan.ids.base;
+    let base = sandbox.order.ids.base;
     let mut site = Site { sandbox, root: None, owner: Owner { uid: base, gid: base } };
-    for (index, step) in sandbox.plan.steps.iter().enumerate() {
+    for (index, step) in sandbox.order.steps.enumerate() {
+        let failed = Failure::of(Stage::Step, index);
+        let step = step.map_err(&failed)?;
         site.perform(step).map_err(|errno| match step {
-            Step::Volume { index, .. } => Failure { stage: Stage::Volume, errno, index: *index },
-            _ => Failure::of(Stage::Step, index)(errno),
+            StepRef::Volume { index, .. } => Failure { stage: Stage::Volume, errno, index },
+            _ => failed(errno),
         })?;
     }
     Ok(())
 }
 
 impl Site<'_> {
-    fn perform(&mut self, step: &Step) -> Result<()> {
+    fn perform(&mut self, step: StepRef<'_>) -> Result<()> {
         match step {
-            Step::Attach { mount, target } => attach(self.sandbox.fd(*mount)?, AT_FDCWD, target),
-            Step::Overlay { lowers, upper, work, target } => self.overlay(lowers, upper, work, target),
-            Step::Directory { inside, mode } => {
-                make_directory(self.root()?, inside, *mode, self.owner).map(drop)
+            StepRef::Attach { mount, target } => attach(self.sandbox.fd(mount)?, AT_FDCWD, target.get()?),
+            StepRef::Overlay { lowers, upper, work, target } => {
+                self.overlay(lowers, upper.get()?, work.get()?, target.get()?)
             }
-            Step::Devices => self.devices(),
-            Step::Volume { mount, inside, .. } => {
-                let place = make_directory(self.root()?, inside, 0o755, self.owner)?;
-                attach(self.sandbox.fd(*mount)?, place.as_fd(), c"")
+            StepRef::Directory { inside, mode } => {
+                make_directory(self.root()?, inside.get()?, mode, self.owner).map(drop)
             }
-            Step::Bind { source, inside, attributes } => {
-                let mount = clone_tree(AT_FDCWD, source)?;
-                restrict(mount.as_fd(), *attributes)?;
-                let place = open_beneath(self.root()?, inside, libc::O_PATH, 0, RESOLVE)?;
+            StepRef::Devices => relocate(parked::DEVICES, self.own_directory(c"dev")?.as_fd()),
+            StepRef::Volume { mount, inside, .. } => {
+                let place = make_directory(self.root()?, inside.get()?, 0o755, self.owner)?;
+                attach(self.sandbox.fd(mount)?, place.as_fd(), c"")
+            }
+            StepRef::Bind { source, inside, attributes } => {
+                let mount = clone_tree(AT_FDCWD, source.get()?)?;
+                restrict(mount.as_fd(), attributes)?;
+                let place = open_beneath(self.root()?, inside.get()?, libc::O_PATH, 0, RESOLVE)?;
                 attach(mount.as_fd(), place.as_fd(), c"")
             }
-            Step::Proc => {
-                let mount = NewFilesystem::open(c"proc")?.mount(NOSUID | NODEV | NOEXEC)?;
-                let place = self.own_directory(c"proc")?;
-                attach(mount.as_fd(), place.as_fd(), c"")
-            }
-            Step::Mask { inside, kind } => self.mask(inside, *kind),
-            Step::Pivot => self.pivot(),
+            StepRef::Proc => relocate(parked::PROC, self.own_directory(c"proc")?.as_fd()),
+            StepRef::Pivot => self.pivot(),
         }
     }
 
@@ -83,15 +82,17 @@ impl Site<'_> {
 
     fn overlay(
         &mut self,
-        lowers: &[std::ffi::CString],
+        lowers: List<'_, TextRef<'_>>,
         upper: &CStr,
         work: &CStr,
         target: &CStr,
     ) -> Result<()> {
         let overlay = NewFilesystem::open(c"overlay")?;
         overlay.set(c"source", c"hutch")?;
+        // An id of its own for each file system costs an xattr; kernels before 6.6 do not have the choice.
+        let _ = overlay.set(c"uuid", c"null");
         for lower in lowers {
-            overlay.set(c"lowerdir+", lower)?;
+            overlay.set(c"lowerdir+", lower?.get()?)?;
         }
         overlay.set(c"upperdir", upper)?;
         overlay.set(c"workdir", work)?;
@@ -108,36 +109,6 @@ impl Site<'_> {
                 attach(mount.as_fd(), place.as_fd(), c"")
             }
         }
-    }
-
-    fn devices(&self) -> Result<()> {
-        let tree = clone_tree(AT_FDCWD, c"/dev")?;
-        let place = self.own_directory(c"dev")?;
-        attach(tree.as_fd(), place.as_fd(), c"")?;
-        let terminals = NewFilesystem::open(c"devpts")?;
-        terminals.set_flag(c"newinstance")?;
-        terminals.set(c"ptmxmode", c"0666")?;
-        terminals.set(c"mode", c"0620")?;
-        let terminals = terminals.mount(NOSUID | NOEXEC)?;
-        let place =
-            open_beneath(self.root()?, c"dev/pts", libc::O_PATH, 0, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)?;
-        attach(terminals.as_fd(), place.as_fd(), c"")
-    }
-
-    fn mask(&self, inside: &CStr, kind: MaskKind) -> Result<()> {
-        let place = match open_beneath(self.root()?, inside, libc::O_PATH | libc::O_NOFOLLOW, 0, RESOLVE) {
-            Err(Errno::ENOENT) => return Ok(()),
-            other => other?,
-        };
-        let cover = match kind {
-            MaskKind::File => clone_tree(AT_FDCWD, c"/dev/null")?,
-            MaskKind::Directory => clone_tree(AT_FDCWD, c"/e")?,
-            MaskKind::ReadOnly => clone_tree(place.as_fd(), c"")?,
-        };
-        if kind != MaskKind::File {
-            restrict(cover.as_fd(), RDONLY | NOSUID | NODEV | NOEXEC)?;
-        }
-        attach(cover.as_fd(), place.as_fd(), c"")
     }
 
     /// Stacks the old root on the new one and lets it go: pivot_root(2), the last example of its notes.

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
-use super::{Controller, Version, read_text, write_file};
+use super::{Controller, JobCgroup, Version, read_text, write_file};
 
 /// Prefix of the name of every home; the worker's pid and start time follow.
 const HOME_PREFIX: &str = "hutch-";
@@ -26,6 +27,8 @@ pub(crate) struct Hierarchy {
 pub(crate) struct Cgroups {
     pub(crate) hierarchies: Vec<Hierarchy>,
     pub(crate) home_name: String,
+    /// Groups made ahead, each for one job.
+    pub(super) spare: Mutex<Vec<JobCgroup>>,
 }
 
 /// Why jobs could not be limited here.
@@ -66,7 +69,7 @@ impl Cgroups {
         let read = |path| fs::read_to_string(path).map_err(|source| FindError::Proc { path, source });
         let places = places(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?);
         let home_name = format!("{HOME_PREFIX}{}", own_identity());
-        let mut cgroups = Self { hierarchies: Vec::new(), home_name };
+        let mut cgroups = Self { hierarchies: Vec::new(), home_name, spare: Mutex::new(Vec::new()) };
         let mut taken: Vec<Controller> = Vec::new();
         for (version, parent, controllers) in places {
             let controllers: Vec<_> = match version {
@@ -175,6 +178,7 @@ impl Cgroups {
 
 impl Drop for Cgroups {
     fn drop(&mut self) {
+        self.spare.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
         for hierarchy in &self.hierarchies {
             super::remove(&hierarchy.home);
         }

@@ -13,9 +13,11 @@ mod v2;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use hutch_proto::Limits;
 
@@ -45,14 +47,6 @@ pub(crate) enum Version {
     V1,
     /// The unified hierarchy.
     V2,
-}
-
-/// One file to write for a limit.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Setting {
-    controller: Controller,
-    file: &'static str,
-    value: String,
 }
 
 /// What the kernel counted for a group.
@@ -95,83 +89,177 @@ impl CgroupError {
     }
 }
 
-/// One job's place in one hierarchy.
-#[derive(Debug, Clone)]
+/// One job's place in one hierarchy, with the files that every job needs open.
+#[derive(Debug)]
 struct Place {
     version: Version,
     controllers: Vec<Controller>,
     dir: PathBuf,
+    kept: Vec<(&'static str, File)>,
 }
 
-/// A group of one job; removed when dropped.
+impl Place {
+    fn make(version: Version, controllers: Vec<Controller>, dir: PathBuf) -> Result<Self, CgroupError> {
+        fs::create_dir(&dir).map_err(CgroupError::of("make", &dir))?;
+        let mut place = Self { version, controllers, dir, kept: Vec::new() };
+        let files = match version {
+            Version::V1 => v1::KEPT,
+            Version::V2 => v2::KEPT,
+        };
+        for (controller, name, access) in files {
+            if place.controllers.contains(controller) {
+                let file = match access {
+                    Access::Read => File::open(place.dir.join(name)),
+                    Access::Write => OpenOptions::new().write(true).open(place.dir.join(name)),
+                    Access::Both => OpenOptions::new().read(true).write(true).open(place.dir.join(name)),
+                };
+                // Some are on some kernels only; what is needed is found out when it is used.
+                place.kept.extend(file.ok().map(|file| (*name, file)));
+            }
+        }
+        Ok(place)
+    }
+
+    fn has(&self, controller: Controller) -> bool {
+        self.controllers.contains(&controller)
+    }
+
+    fn kept(&self, name: &str) -> Option<&File> {
+        self.kept.iter().find(|(kept, _)| *kept == name).map(|(_, file)| file)
+    }
+
+    fn write(&self, name: &str, value: &str) -> io::Result<()> {
+        match self.kept(name) {
+            Some(mut file) => file.write_all(value.as_bytes()),
+            None => write_file(&self.dir.join(name), value),
+        }
+    }
+
+    /// The text of a control file; empty if it is not there.
+    fn text(&self, name: &str) -> String {
+        let Some(file) = self.kept(name) else { return read_text(&self.dir, name) };
+        let mut bytes = [0; 4096];
+        let count = file.read_at(&mut bytes, 0).unwrap_or(0);
+        String::from_utf8_lossy(&bytes[..count]).into_owned()
+    }
+
+    /// The number that is a control file's whole text.
+    fn number(&self, name: &str) -> Option<u64> {
+        self.text(name).trim().parse().ok()
+    }
+
+    fn read(&self, readings: &mut Readings) {
+        for controller in &self.controllers {
+            match self.version {
+                Version::V1 => v1::read(*controller, self, readings),
+                Version::V2 => v2::read(*controller, self, readings),
+            }
+        }
+    }
+}
+
+/// How a kept file is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Access {
+    Read,
+    Write,
+    Both,
+}
+
+/// A group of one job, used once; removed when dropped.
 #[derive(Debug)]
 pub(crate) struct JobCgroup {
-    places: Vec<Place>,
+    places: Arc<Vec<Place>>,
+    /// Readable when memory runs out; only where the kernel does not kill the whole group by itself.
+    out_of_memory: Option<OwnedFd>,
 }
 
 /// How a program is put into its group.
 #[derive(Debug)]
-pub(crate) enum Entrance {
+pub(crate) enum Entrance<'a> {
     /// By writing to these `tasks` files.
-    Tasks(Vec<OwnedFd>),
+    Tasks(Vec<BorrowedFd<'a>>),
     /// By being born in this directory, and writing to the `tasks` files of v1 controllers.
-    Unified(OwnedFd, Vec<OwnedFd>),
+    Unified(OwnedFd, Vec<BorrowedFd<'a>>),
 }
 
 static NEXT: AtomicU64 = AtomicU64::new(0);
 
 impl Cgroups {
-    /// A fresh group with these limits.
+    /// A fresh group with these limits, made ahead where there is one.
     ///
     /// # Errors
     /// Which file the kernel refused, and why.
-    pub(crate) fn create(&self, slot: u32, limits: &Limits) -> Result<JobCgroup, CgroupError> {
-        let name = format!("slot-{slot}-{}", NEXT.fetch_add(1, Ordering::Relaxed));
-        let mut group = JobCgroup { places: Vec::with_capacity(self.hierarchies.len()) };
+    pub(crate) fn take(&self, limits: &Limits) -> Result<JobCgroup, CgroupError> {
+        let spare = if limits.cpuset.is_some() { None } else { self.spares().pop() };
+        let group = match spare {
+            Some(spare) => spare,
+            None => self.make(limits.cpuset.is_some())?,
+        };
+        group.limit(limits)?;
+        Ok(group)
+    }
+
+    /// Makes a group ahead, unless there are `most` already. A failure shows when the group is needed.
+    pub(crate) fn make_spare(&self, most: usize) {
+        if self.spares().len() < most
+            && let Ok(group) = self.make(false)
+        {
+            self.spares().push(group);
+        }
+    }
+
+    fn spares(&self) -> MutexGuard<'_, Vec<JobCgroup>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn make(&self, cpuset: bool) -> Result<JobCgroup, CgroupError> {
+        let name = format!("job-{}", NEXT.fetch_add(1, Ordering::Relaxed));
+        let mut places = Vec::with_capacity(self.hierarchies.len());
+        let mut out_of_memory = None;
         for hierarchy in &self.hierarchies {
-            let controllers: Vec<_> = hierarchy
-                .controllers
-                .iter()
-                .copied()
-                .filter(|controller| *controller != Controller::Cpuset || limits.cpuset.is_some())
-                .collect();
+            let mut controllers = hierarchy.controllers.clone();
+            if !cpuset {
+                controllers.retain(|controller| *controller != Controller::Cpuset);
+            }
             if controllers.is_empty() {
                 continue;
             }
-            let dir = hierarchy.home.join(&name);
-            fs::create_dir(&dir).map_err(CgroupError::of("make", &dir))?;
-            group.places.push(Place { version: hierarchy.version, controllers, dir });
+            let place = Place::make(hierarchy.version, controllers, hierarchy.home.join(&name))?;
+            if place.version == Version::V1 && place.has(Controller::Memory) {
+                let event = v1::out_of_memory(&place.dir);
+                out_of_memory = Some(event.map_err(CgroupError::of("watch", &place.dir))?);
+            }
+            places.push(place);
         }
-        group.limit(limits)?;
-        Ok(group)
+        Ok(JobCgroup { places: Arc::new(places), out_of_memory })
     }
 }
 
 impl JobCgroup {
     fn limit(&self, limits: &Limits) -> Result<(), CgroupError> {
-        for place in &self.places {
+        for place in self.places.iter() {
             let settings = match place.version {
-                Version::V1 => v1::settings(limits, &place.controllers, &place.dir),
-                Version::V2 => v2::settings(limits, &place.controllers),
+                Version::V1 => v1::settings(limits, place),
+                Version::V2 => v2::settings(limits, place),
             };
-            for setting in settings {
-                let path = place.dir.join(setting.file);
-                write_file(&path, &setting.value).map_err(CgroupError::of("set", &path))?;
+            for (file, value) in settings {
+                place.write(file, &value).map_err(CgroupError::of("set", &place.dir.join(file)))?;
             }
         }
         Ok(())
     }
 
     /// How a program enters this group.
-    pub(crate) fn entrance(&self) -> Result<Entrance, CgroupError> {
+    pub(crate) fn entrance(&self) -> Result<Entrance<'_>, CgroupError> {
         let mut unified = None;
         let mut tasks = Vec::new();
-        for place in &self.places {
+        for place in self.places.iter() {
             match place.version {
                 Version::V1 => {
-                    let path = place.dir.join("tasks");
-                    let file = OpenOptions::new().write(true).open(&path);
-                    tasks.push(file.map_err(CgroupError::of("open", &path))?.into());
+                    let missing = || io::Error::from(io::ErrorKind::NotFound);
+                    let file = place.kept("tasks").ok_or_else(missing);
+                    tasks.push(file.map_err(CgroupError::of("enter", &place.dir))?.as_fd());
                 }
                 Version::V2 => {
                     let dir = File::open(&place.dir).map_err(CgroupError::of("open", &place.dir))?;
@@ -187,7 +275,7 @@ impl JobCgroup {
 
     /// A view of this group that does not keep it.
     pub(crate) fn watch(&self) -> GroupWatch {
-        GroupWatch { places: self.places.clone() }
+        GroupWatch { places: Arc::clone(&self.places) }
     }
 
     /// What the kernel has counted so far; what it does not count is 0.
@@ -198,41 +286,47 @@ impl JobCgroup {
     /// Only the processor time, in microseconds: what deadlines look at.
     pub(crate) fn cpu_us(&self) -> u64 {
         let mut readings = Readings::default();
-        for place in &self.places {
+        for place in self.places.iter() {
             match place.version {
-                Version::V1 if place.controllers.contains(&Controller::Cpuacct) => {
-                    v1::read(Controller::Cpuacct, &place.dir, &mut readings);
+                Version::V1 if place.has(Controller::Cpuacct) => {
+                    v1::read(Controller::Cpuacct, place, &mut readings);
                 }
-                Version::V2 if place.controllers.contains(&Controller::Cpu) => {
-                    v2::read(Controller::Cpu, &place.dir, &mut readings);
-                }
+                Version::V2 if place.has(Controller::Cpu) => v2::read(Controller::Cpu, place, &mut readings),
                 _ => {}
             }
         }
         readings.cpu_us()
     }
 
-    /// A descriptor that becomes readable when memory runs out; only where the kernel does not kill the
-    /// whole group by itself.
-    pub(crate) fn out_of_memory(&self) -> Result<Option<OwnedFd>, CgroupError> {
-        self.places
-            .iter()
-            .find(|place| place.version == Version::V1 && place.controllers.contains(&Controller::Memory))
-            .map(|place| v1::out_of_memory(&place.dir).map_err(CgroupError::of("watch", &place.dir)))
-            .transpose()
+    /// Takes the descriptor that becomes readable when memory runs out.
+    pub(crate) fn take_out_of_memory(&mut self) -> Option<OwnedFd> {
+        self.out_of_memory.take()
     }
 }
 
 /// A view of a group that may be gone by now; then all is 0.
 #[derive(Debug)]
 pub(crate) struct GroupWatch {
-    places: Vec<Place>,
+    places: Arc<Vec<Place>>,
 }
 
 impl GroupWatch {
     /// What the kernel has counted so far.
     pub(crate) fn readings(&self) -> Readings {
-        readings(&self.places)
+        let mut readings = readings(&self.places);
+        for place in self.places.iter() {
+            let file = match place.version {
+                Version::V1 => "memory.usage_in_bytes",
+                Version::V2 => "memory.current",
+            };
+            if place.has(Controller::Memory) {
+                readings.memory_bytes = place.number(file).unwrap_or(0);
+            }
+            if place.has(Controller::Pids) {
+                readings.pids = place.number("pids.current").unwrap_or(0);
+            }
+        }
+        readings
     }
 
     /// Pressure of the group in microseconds, where the kernel counts it: resource, kind, total.
@@ -245,20 +339,14 @@ impl GroupWatch {
 fn readings(places: &[Place]) -> Readings {
     let mut readings = Readings::default();
     for place in places {
-        for controller in &place.controllers {
-            match place.version {
-                Version::V1 => v1::read(*controller, &place.dir, &mut readings),
-                Version::V2 => v2::read(*controller, &place.dir, &mut readings),
-            }
-        }
+        place.read(&mut readings);
     }
-    readings.pids_peak = readings.pids_peak.max(readings.pids);
     readings
 }
 
 impl Drop for JobCgroup {
     fn drop(&mut self) {
-        for place in &self.places {
+        for place in self.places.iter() {
             remove(&place.dir);
         }
     }
@@ -291,11 +379,6 @@ fn read_text(dir: &Path, file: &str) -> String {
         let _ = file.take(64 << 10).read_to_string(&mut text);
     }
     text
-}
-
-/// The number that is a control file's whole text.
-fn read_number(dir: &Path, file: &str) -> Option<u64> {
-    read_text(dir, file).trim().parse().ok()
 }
 
 /// The number behind a key in a text of `key value` lines.

@@ -8,35 +8,55 @@ use std::path::Path;
 use hutch_proto::Limits;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::{Controller, Readings, Setting, keyed, read_number, read_text, write_file};
+use super::{Access, Controller, Place, Readings, keyed, read_text, write_file};
 
-/// Microseconds over which a quota is counted.
+/// Microseconds over which a quota is counted: the kernel's default.
 const PERIOD_US: u64 = 100_000;
 
-/// What to write for these limits, in order.
-pub(super) fn settings(limits: &Limits, controllers: &[Controller], dir: &Path) -> Vec<Setting> {
+/// Files that every job needs.
+pub(super) const KEPT: &[(Controller, &str, Access)] = &[
+    (Controller::Memory, "tasks", Access::Write),
+    (Controller::Memory, "memory.limit_in_bytes", Access::Both),
+    (Controller::Memory, "memory.memsw.limit_in_bytes", Access::Write),
+    (Controller::Memory, "memory.max_usage_in_bytes", Access::Read),
+    (Controller::Memory, "memory.failcnt", Access::Read),
+    (Controller::Memory, "memory.memsw.failcnt", Access::Read),
+    (Controller::Memory, "memory.oom_control", Access::Read),
+    (Controller::Pids, "tasks", Access::Write),
+    (Controller::Pids, "pids.max", Access::Write),
+    (Controller::Pids, "pids.peak", Access::Read),
+    (Controller::Pids, "pids.events", Access::Read),
+    (Controller::Cpu, "tasks", Access::Write),
+    (Controller::Cpu, "cpu.cfs_quota_us", Access::Write),
+    (Controller::Cpu, "cpu.stat", Access::Read),
+    (Controller::Cpuacct, "tasks", Access::Write),
+    (Controller::Cpuacct, "cpuacct.usage", Access::Read),
+    (Controller::Cpuacct, "cpuacct.usage_sys", Access::Read),
+    (Controller::Io, "tasks", Access::Write),
+    (Controller::Io, "blkio.throttle.io_service_bytes", Access::Read),
+    (Controller::Cpuset, "tasks", Access::Write),
+];
+
+/// What to write for these limits, in order: file and value.
+pub(super) fn settings(limits: &Limits, place: &Place) -> Vec<(&'static str, String)> {
     let mut settings = Vec::new();
-    let mut set = |controller, file, value: String| settings.push(Setting { controller, file, value });
-    for controller in controllers {
+    for controller in &place.controllers {
         match controller {
             Controller::Memory => {
                 let memory = limits.memory_bytes;
-                set(*controller, "memory.limit_in_bytes", memory.to_string());
+                settings.push(("memory.limit_in_bytes", memory.to_string()));
                 // Without swap accounting the file is not there; then the host has no swap, or is refused.
-                if dir.join("memory.memsw.limit_in_bytes").exists() {
+                if place.kept("memory.memsw.limit_in_bytes").is_some() {
                     let both = memory.saturating_add(limits.swap_bytes);
-                    set(*controller, "memory.memsw.limit_in_bytes", both.to_string());
+                    settings.push(("memory.memsw.limit_in_bytes", both.to_string()));
                 }
             }
-            Controller::Pids => set(*controller, "pids.max", limits.pids.to_string()),
-            Controller::Cpu => {
-                set(*controller, "cpu.cfs_period_us", PERIOD_US.to_string());
-                set(*controller, "cpu.cfs_quota_us", quota_us(limits.cpu_millis).to_string());
-            }
+            Controller::Pids => settings.push(("pids.max", limits.pids.to_string())),
+            Controller::Cpu => settings.push(("cpu.cfs_quota_us", quota_us(limits.cpu_millis).to_string())),
             Controller::Cpuset => {
-                let parent = dir.parent().unwrap_or(dir);
-                set(*controller, "cpuset.mems", read_text(parent, "cpuset.mems").trim().to_owned());
-                set(*controller, "cpuset.cpus", limits.cpuset.clone().unwrap_or_default());
+                let parent = place.dir.parent().unwrap_or(&place.dir);
+                settings.push(("cpuset.mems", read_text(parent, "cpuset.mems").trim().to_owned()));
+                settings.push(("cpuset.cpus", limits.cpuset.clone().unwrap_or_default()));
             }
             Controller::Cpuacct | Controller::Io => {}
         }
@@ -50,29 +70,28 @@ pub(super) fn quota_us(cpu_millis: u64) -> u64 {
 }
 
 /// Adds what one controller counted.
-pub(super) fn read(controller: Controller, dir: &Path, readings: &mut Readings) {
+pub(super) fn read(controller: Controller, place: &Place, readings: &mut Readings) {
     match controller {
         Controller::Memory => {
-            readings.memory_bytes = read_number(dir, "memory.usage_in_bytes").unwrap_or(0);
-            readings.memory_peak_bytes = read_number(dir, "memory.max_usage_in_bytes").unwrap_or(0);
-            readings.oom_kills = keyed(&read_text(dir, "memory.oom_control"), "oom_kill").unwrap_or(0);
-            readings.memory_limit_hits = memory_limit_hits(dir, readings.memory_peak_bytes);
+            readings.memory_peak_bytes = place.number("memory.max_usage_in_bytes").unwrap_or(0);
+            readings.oom_kills = keyed(&place.text("memory.oom_control"), "oom_kill").unwrap_or(0);
+            readings.memory_limit_hits = memory_limit_hits(place, readings.memory_peak_bytes);
         }
         Controller::Pids => {
-            readings.pids = read_number(dir, "pids.current").unwrap_or(0);
-            readings.pids_peak = read_number(dir, "pids.peak").unwrap_or(0);
-            readings.pids_denied = keyed(&read_text(dir, "pids.events"), "max").unwrap_or(0);
+            readings.pids_peak = place.number("pids.peak").unwrap_or(0);
+            readings.pids_denied = keyed(&place.text("pids.events"), "max").unwrap_or(0);
         }
         Controller::Cpu => {
-            let stat = read_text(dir, "cpu.stat");
-            readings.throttled_us = keyed(&stat, "throttled_time").unwrap_or(0) / 1000;
+            readings.throttled_us = keyed(&place.text("cpu.stat"), "throttled_time").unwrap_or(0) / 1000;
         }
         Controller::Cpuacct => {
-            readings.cpu_user_us = read_number(dir, "cpuacct.usage_user").unwrap_or(0) / 1000;
-            readings.cpu_system_us = read_number(dir, "cpuacct.usage_sys").unwrap_or(0) / 1000;
+            // `usage` is exact; how it is split is only sampled, tick by tick.
+            let total = place.number("cpuacct.usage").unwrap_or(0) / 1000;
+            readings.cpu_system_us = (place.number("cpuacct.usage_sys").unwrap_or(0) / 1000).min(total);
+            readings.cpu_user_us = total - readings.cpu_system_us;
         }
         Controller::Io => {
-            let text = read_text(dir, "blkio.throttle.io_service_bytes");
+            let text = place.text("blkio.throttle.io_service_bytes");
             readings.io_read_bytes = device_sum(&text, "Read");
             readings.io_write_bytes = device_sum(&text, "Write");
         }
@@ -82,12 +101,13 @@ pub(super) fn read(controller: Controller, dir: &Path, readings: &mut Readings) 
 
 /// How often the group's own limit was in the way. Not every kernel counts that for `memsw`, which is the
 /// one that is met where there may be no swap: there the peak tells, but for what is charged in advance.
-fn memory_limit_hits(dir: &Path, peak_bytes: u64) -> u64 {
+fn memory_limit_hits(place: &Place, peak_bytes: u64) -> u64 {
     const MOST_IN_ADVANCE: u64 = 1 << 20;
-    let limit_bytes = read_number(dir, "memory.limit_in_bytes").unwrap_or(u64::MAX);
-    let near = peak_bytes.saturating_add(MOST_IN_ADVANCE.min(limit_bytes / 16)) >= limit_bytes;
-    let counted = ["memory.failcnt", "memory.memsw.failcnt"].map(|file| read_number(dir, file).unwrap_or(0));
-    counted.into_iter().sum::<u64>().max(near.into())
+    let limit_bytes = place.number("memory.limit_in_bytes").unwrap_or(u64::MAX);
+    if peak_bytes.saturating_add(MOST_IN_ADVANCE.min(limit_bytes / 16)) >= limit_bytes {
+        return 1;
+    }
+    ["memory.failcnt", "memory.memsw.failcnt"].into_iter().filter_map(|file| place.number(file)).sum()
 }
 
 /// The sum over devices of `MAJOR:MINOR OPERATION BYTES` lines.

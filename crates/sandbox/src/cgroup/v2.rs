@@ -5,26 +5,39 @@ use std::path::Path;
 use hutch_proto::Limits;
 
 use super::v1::quota_us;
-use super::{Controller, Readings, Setting, keyed, read_number, read_text};
+use super::{Access, Controller, Place, Readings, keyed, read_text};
 
-/// What to write for these limits, in order.
-pub(super) fn settings(limits: &Limits, controllers: &[Controller]) -> Vec<Setting> {
+/// Files that every job needs.
+pub(super) const KEPT: &[(Controller, &str, Access)] = &[
+    (Controller::Memory, "memory.max", Access::Write),
+    (Controller::Memory, "memory.swap.max", Access::Write),
+    (Controller::Memory, "memory.oom.group", Access::Write),
+    (Controller::Memory, "memory.peak", Access::Read),
+    (Controller::Memory, "memory.events", Access::Read),
+    (Controller::Pids, "pids.max", Access::Write),
+    (Controller::Pids, "pids.peak", Access::Read),
+    (Controller::Pids, "pids.events", Access::Read),
+    (Controller::Cpu, "cpu.max", Access::Write),
+    (Controller::Cpu, "cpu.stat", Access::Read),
+    (Controller::Io, "io.stat", Access::Read),
+];
+
+/// What to write for these limits, in order: file and value.
+pub(super) fn settings(limits: &Limits, place: &Place) -> Vec<(&'static str, String)> {
     let mut settings = Vec::new();
-    let mut set = |controller, file, value: String| settings.push(Setting { controller, file, value });
-    for controller in controllers {
+    for controller in &place.controllers {
         match controller {
             Controller::Memory => {
-                set(*controller, "memory.max", limits.memory_bytes.to_string());
-                set(*controller, "memory.swap.max", limits.swap_bytes.to_string());
-                set(*controller, "memory.oom.group", "1".to_owned());
+                settings.push(("memory.max", limits.memory_bytes.to_string()));
+                // Without the file there is no swap, or the host is refused.
+                if place.kept("memory.swap.max").is_some() {
+                    settings.push(("memory.swap.max", limits.swap_bytes.to_string()));
+                }
+                settings.push(("memory.oom.group", "1".to_owned()));
             }
-            Controller::Pids => set(*controller, "pids.max", limits.pids.to_string()),
-            Controller::Cpu => {
-                set(*controller, "cpu.max", format!("{} 100000", quota_us(limits.cpu_millis)));
-            }
-            Controller::Cpuset => {
-                set(*controller, "cpuset.cpus", limits.cpuset.clone().unwrap_or_default());
-            }
+            Controller::Pids => settings.push(("pids.max", limits.pids.to_string())),
+            Controller::Cpu => settings.push(("cpu.max", format!("{} 100000", quota_us(limits.cpu_millis)))),
+            Controller::Cpuset => settings.push(("cpuset.cpus", limits.cpuset.clone().unwrap_or_default())),
             Controller::Cpuacct | Controller::Io => {}
         }
     }
@@ -32,29 +45,26 @@ pub(super) fn settings(limits: &Limits, controllers: &[Controller]) -> Vec<Setti
 }
 
 /// Adds what one controller counted.
-pub(super) fn read(controller: Controller, dir: &Path, readings: &mut Readings) {
+pub(super) fn read(controller: Controller, place: &Place, readings: &mut Readings) {
     match controller {
         Controller::Memory => {
-            let current = read_number(dir, "memory.current").unwrap_or(0);
-            readings.memory_bytes = current;
-            readings.memory_peak_bytes = read_number(dir, "memory.peak").unwrap_or(current);
-            let events = read_text(dir, "memory.events");
+            readings.memory_peak_bytes = place.number("memory.peak").unwrap_or(0);
+            let events = place.text("memory.events");
             readings.oom_kills = keyed(&events, "oom_kill").unwrap_or(0);
             readings.memory_limit_hits = keyed(&events, "max").unwrap_or(0);
         }
         Controller::Pids => {
-            readings.pids = read_number(dir, "pids.current").unwrap_or(0);
-            readings.pids_peak = read_number(dir, "pids.peak").unwrap_or(0);
-            readings.pids_denied = keyed(&read_text(dir, "pids.events"), "max").unwrap_or(0);
+            readings.pids_peak = place.number("pids.peak").unwrap_or(0);
+            readings.pids_denied = keyed(&place.text("pids.events"), "max").unwrap_or(0);
         }
         Controller::Cpu => {
-            let stat = read_text(dir, "cpu.stat");
+            let stat = place.text("cpu.stat");
             readings.cpu_user_us = keyed(&stat, "user_usec").unwrap_or(0);
             readings.cpu_system_us = keyed(&stat, "system_usec").unwrap_or(0);
             readings.throttled_us = keyed(&stat, "throttled_usec").unwrap_or(0);
         }
         Controller::Io => {
-            let text = read_text(dir, "io.stat");
+            let text = place.text("io.stat");
             readings.io_read_bytes = field_sum(&text, "rbytes=");
             readings.io_write_bytes = field_sum(&text, "wbytes=");
         }

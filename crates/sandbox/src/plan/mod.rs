@@ -6,6 +6,8 @@
 
 mod mounts;
 mod program;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

@@ -1,10 +1,9 @@
 //! The mounts of a sandbox as steps for its init, in order: layers and scratch are attached in the
-//! launcher's small root, the overlays are stacked, then devices, volumes, /proc, its masks, and the
-//! pivot.
+//! launcher's small root, the overlays are stacked, then devices, volumes, /proc, and the pivot.
 
 use std::ffi::CString;
 
-use hutch_sandbox_sys::{FdIndex, MaskKind, Step, mount};
+use hutch_sandbox_sys::{FdIndex, Step, Text, mount};
 
 /// What the mounts of a job are made of, by count and place.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,8 +14,6 @@ pub(crate) struct MountPlan {
     pub(crate) trees: Vec<(String, Vec<usize>)>,
     /// Where volumes go.
     pub(crate) targets: Vec<String>,
-    /// Which paths of /proc there are to mask.
-    pub(crate) masks: Vec<(&'static str, MaskKind)>,
 }
 
 /// Where in a plan's list of descriptors the mounts are.
@@ -35,9 +32,9 @@ pub(crate) fn scratch_dirs(overlay: usize) -> (String, String) {
     (format!("o{overlay}/upper"), format!("o{overlay}/work"))
 }
 
-fn path(text: String) -> CString {
+fn path(text: String) -> Text {
     // The texts are made here, of paths that were checked: none has a NUL.
-    CString::new(text).unwrap_or_default()
+    CString::new(text).unwrap_or_default().into()
 }
 
 fn overlay(number: usize, lowers: Vec<String>, target: &str) -> Step {
@@ -58,7 +55,7 @@ pub(crate) fn steps(plan: &MountPlan, slots: Slots) -> Vec<Step> {
     for place in 0..plan.layers + plan.trees.len() {
         steps.push(Step::Attach { mount: index(slots.layers, place), target: path(format!("/l/{place}")) });
     }
-    steps.push(Step::Attach { mount: slots.scratch, target: c"/s".to_owned() });
+    steps.push(Step::Attach { mount: slots.scratch, target: c"/s".into() });
     steps.push(overlay(0, (0..plan.layers).rev().map(|layer| format!("/l/{layer}")).collect(), "/n"));
     for (number, (tree, above)) in plan.trees.iter().enumerate() {
         let mut lowers: Vec<_> = above.iter().rev().map(|layer| format!("/l/{layer}{tree}")).collect();
@@ -67,11 +64,11 @@ pub(crate) fn steps(plan: &MountPlan, slots: Slots) -> Vec<Step> {
     }
     steps.push(Step::Devices);
     steps.push(Step::Bind {
-        source: c"/s/shm".to_owned(),
-        inside: c"/dev/shm".to_owned(),
+        source: c"/s/shm".into(),
+        inside: c"/dev/shm".into(),
         attributes: mount::NOSUID | mount::NODEV | mount::NOEXEC,
     });
-    steps.push(Step::Directory { inside: c"/tmp".to_owned(), mode: 0o1777 });
+    steps.push(Step::Directory { inside: c"/tmp".into(), mode: 0o1777 });
     for (number, target) in plan.targets.iter().enumerate() {
         steps.push(Step::Volume {
             mount: index(slots.volumes, number),
@@ -80,9 +77,6 @@ pub(crate) fn steps(plan: &MountPlan, slots: Slots) -> Vec<Step> {
         });
     }
     steps.push(Step::Proc);
-    for (masked, kind) in &plan.masks {
-        steps.push(Step::Mask { inside: path((*masked).to_owned()), kind: *kind });
-    }
     steps.push(Step::Pivot);
     steps
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::CString;
 
 use hutch_proto::{JobSpec, Limits, StepSpec};
-use hutch_sandbox_sys::Rlimit;
+use hutch_sandbox_sys::{Rlimit, Text};
 
 use super::inline;
 use crate::refusal::Refusal;
@@ -18,12 +18,12 @@ const DEFAULT_LANG: &str = "C.UTF-8";
 pub(crate) struct StepPlan {
     pub(crate) name: String,
     pub(crate) limits: Limits,
-    pub(crate) argv: Vec<CString>,
-    pub(crate) candidates: Vec<CString>,
-    pub(crate) env: Vec<CString>,
+    pub(crate) argv: Vec<Text>,
+    pub(crate) candidates: Vec<Text>,
+    pub(crate) env: Vec<Text>,
     pub(crate) set_home: bool,
     pub(crate) set_user: bool,
-    pub(crate) cwd: Option<CString>,
+    pub(crate) cwd: Option<Text>,
     pub(crate) stdin: Vec<u8>,
     pub(crate) allow_failure: bool,
 }
@@ -55,12 +55,14 @@ pub(super) fn plan(
     })
 }
 
-fn text(text: &str) -> Result<CString, Refusal> {
-    CString::new(text).map_err(|_| Refusal::spec("command", "a text may not contain a NUL byte"))
+fn text(text: &str) -> Result<Text, Refusal> {
+    CString::new(text)
+        .map(Text::from)
+        .map_err(|_| Refusal::spec("command", "a text may not contain a NUL byte"))
 }
 
 /// The paths that execvp(3) would try.
-fn candidates(program: &str, path: &str) -> Result<Vec<CString>, Refusal> {
+fn candidates(program: &str, path: &str) -> Result<Vec<Text>, Refusal> {
     if program.contains('/') {
         return Ok(vec![text(program)?]);
     }

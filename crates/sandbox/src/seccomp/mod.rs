@@ -66,7 +66,7 @@ pub struct PolicyError {
 /// # Errors
 /// Never for the policy that is built in; a test holds that.
 pub fn default_filter() -> Result<Vec<Instruction>, PolicyError> {
-    Ok(compile(&parse(DEFAULT)?))
+    compile(&parse(DEFAULT)?)
 }
 
 /// One action for each system call that the policy names and this machine has.
@@ -123,7 +123,6 @@ fn ranges(actions: &BTreeMap<u32, Action>) -> Vec<(u32, Action)> {
 // Opcodes of linux/bpf_common.h.
 const LOAD_WORD: u16 = 0x20;
 const AND: u16 = 0x54;
-const JUMP: u16 = 0x05;
 const JUMP_EQUAL: u16 = 0x15;
 const JUMP_AT_LEAST: u16 = 0x35;
 const RETURN: u16 = 0x06;
@@ -152,39 +151,72 @@ const fn errno(errno: u32) -> Instruction {
 
 const ALLOW: Instruction = op(RETURN, RETURN_ALLOW);
 
-fn compile(actions: &BTreeMap<u32, Action>) -> Vec<Instruction> {
-    let mut program = vec![
-        op(LOAD_WORD, AT_ARCH),
-        branch(JUMP_EQUAL, NATIVE_ARCH, 1, 0),
-        errno(ENOSYS),
-        op(LOAD_WORD, AT_NUMBER),
-    ];
-    program.extend(tree(&ranges(actions)));
-    program
+fn compile(actions: &BTreeMap<u32, Action>) -> Result<Vec<Instruction>, PolicyError> {
+    let mut program = Program {
+        code: vec![
+            op(LOAD_WORD, AT_ARCH),
+            branch(JUMP_EQUAL, NATIVE_ARCH, 1, 0),
+            errno(ENOSYS),
+            op(LOAD_WORD, AT_NUMBER),
+        ],
+        jumps: Vec::new(),
+    };
+    program.tree(&ranges(actions));
+    program.finish()
 }
 
-/// A balanced tree over ascending ranges; every leaf returns.
-fn tree(ranges: &[(u32, Action)]) -> Vec<Instruction> {
-    let [(_, action)] = ranges else {
+/// A filter that is being written: comparisons first, then one block for each action, to which they jump.
+struct Program {
+    code: Vec<Instruction>,
+    /// Comparisons that go to an action: where they are, on which outcome, and which action.
+    jumps: Vec<(usize, bool, Action)>,
+}
+
+impl Program {
+    /// A balanced tree over two ascending ranges or more.
+    fn tree(&mut self, ranges: &[(u32, Action)]) {
         let (left, right) = ranges.split_at(ranges.len() / 2);
-        let boundary = right[0].0;
-        let (left, right) = (tree(left), tree(right));
-        let mut program = Vec::with_capacity(left.len() + right.len() + 2);
-        match u8::try_from(left.len()) {
-            Ok(skip) => program.push(branch(JUMP_AT_LEAST, boundary, skip, 0)),
-            Err(_) => {
-                program.push(branch(JUMP_AT_LEAST, boundary, 0, 1));
-                program.push(op(JUMP, u32::try_from(left.len()).unwrap_or(u32::MAX)));
+        let at = self.code.len();
+        self.code.push(branch(JUMP_AT_LEAST, right[0].0, 0, 0));
+        match left {
+            [(_, action)] => self.jumps.push((at, false, *action)),
+            more => self.tree(more),
+        }
+        match right {
+            [(_, action)] => self.jumps.push((at, true, *action)),
+            more => {
+                self.code[at].jump_true = u8::try_from(self.code.len() - at - 1).unwrap_or(u8::MAX);
+                self.tree(more);
             }
         }
-        program.extend(left);
-        program.extend(right);
-        return program;
-    };
-    match action {
-        Action::Allow => vec![ALLOW],
-        Action::Errno(number) => vec![errno(*number)],
-        Action::When(rule) => when(*rule),
+    }
+
+    /// Writes the actions' blocks, and sets the jumps to them.
+    fn finish(mut self) -> Result<Vec<Instruction>, PolicyError> {
+        let mut blocks: Vec<(Action, usize)> = Vec::new();
+        for (at, outcome, action) in self.jumps {
+            let block = match blocks.iter().find(|(known, _)| *known == action) {
+                Some((_, block)) => *block,
+                None => {
+                    let block = self.code.len();
+                    blocks.push((action, block));
+                    match action {
+                        Action::Allow => self.code.push(ALLOW),
+                        Action::Errno(number) => self.code.push(errno(number)),
+                        Action::When(rule) => self.code.extend(when(rule)),
+                    }
+                    block
+                }
+            };
+            let too_long =
+                |_| PolicyError { line: 0, message: "the filter is too long for its jumps".to_owned() };
+            let distance = u8::try_from(block - at - 1).map_err(too_long)?;
+            match outcome {
+                true => self.code[at].jump_true = distance,
+                false => self.code[at].jump_false = distance,
+            }
+        }
+        Ok(self.code)
     }
 }
 
@@ -271,7 +303,6 @@ mod tests {
                     accumulator = u32::from_le_bytes(data[place..place + 4].try_into().expect("4 bytes"));
                 }
                 AND => accumulator &= k,
-                JUMP => at += k as usize,
                 JUMP_EQUAL => go(accumulator == k),
                 JUMP_AT_LEAST => go(accumulator >= k),
                 RETURN => return k,
@@ -289,7 +320,7 @@ mod tests {
     #[test]
     fn every_number_gets_the_action_of_the_policy() {
         let actions = parse(DEFAULT).expect("policy");
-        let filter = compile(&actions);
+        let filter = compile(&actions).expect("short");
         for number in (0..2000).chain([0x4000_0000, 0x4000_0001, u32::MAX]) {
             let wanted = match actions.get(&number) {
                 Some(Action::Allow) => RETURN_ALLOW,
@@ -299,7 +330,7 @@ mod tests {
             };
             assert_eq!(run(&filter, NATIVE_ARCH, number, [0; 6]), wanted, "number {number}");
         }
-        assert!(filter.len() < 400, "{} instructions", filter.len());
+        assert!(filter.len() < 200, "{} instructions", filter.len());
     }
 
     #[test]

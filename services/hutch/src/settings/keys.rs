@@ -24,7 +24,7 @@ pub(crate) const KEYS: &[Key] = &[
     key("listen", "address of `up`, `worker` and `gateway`"),
     key("data_dir", "where everything is kept"),
     key("broker.url", "amqp://…; the embedded queue if not set"),
-    key("store.url", "file:///…; the data directory if not set"),
+    key("store.url", "file:///… or s3://bucket/prefix; the data directory if not set"),
     key("gateway.tokens_file", "who may do what; needed beyond loopback"),
     key("gateway.max_blob_bytes", "largest upload"),
     key("worker.name", "in results and metrics"),

@@ -1,0 +1,98 @@
+//! Every decision of a plan, shown whole: `INSTA_UPDATE=always cargo test -p hutch-sandbox plan` writes them anew.
+
+use hutch_proto::{JobSpec, LimitsSpec};
+
+use super::*;
+
+fn config() -> EngineConfig {
+    let mut config = EngineConfig::new("/data".into());
+    config.allow_host_layer = true;
+    config.layer_dirs = vec!["/srv/layers".into()];
+    config.allowed_host_paths = vec!["/srv/shared".into()];
+    config
+}
+
+fn abilities() -> Abilities {
+    Abilities { processors: Some([0, 1].into()), swap: true, max_open_files: 4096 }
+}
+
+fn plan(json: &str) -> Result<JobPlan, Refusal> {
+    let spec = JobSpec::parse(json.as_bytes()).expect(json);
+    JobPlan::new(&spec, &config(), &abilities())
+}
+
+const SPEC: &str = r#"{
+    "id": "0199d0c4-7f3a-7c1e-9a55-0d8f6c1b2a34",
+    "layers": ["host", "dir:/srv/layers/tools"],
+    "env": {"PATH": "/opt/bin::/usr/bin", "LD_LIBRARY_PATH": "/opt/lib"},
+    "cwd": "/box",
+    "user": "ann:staff",
+    "stdin": {"text": "1\n"},
+    "files": [{"path": "/box/a.c", "text": "int main;"}],
+    "limits": {"memory_bytes": 67108864, "cpu_time_ms": 500},
+    "volumes": [{"volume": "cache", "target": "/cache"}, {"host_path": "/srv/shared/data", "target": "/data"}],
+    "outputs": {"paths": ["/box/out/**"]},
+    "steps": [
+        {"name": "build", "command": ["cc", "a.c"], "limits": {"pids": 20}},
+        {"name": "run", "command": ["./a.out"], "stdin": {"text": ""}, "env": {"LANG": "C"}, "cwd": "/", "allow_failure": true}
+    ]
+}"#;
+
+#[test]
+fn a_job_is_decided_whole() {
+    insta::assert_debug_snapshot!("job", plan(SPEC).expect("plan"));
+}
+
+#[test]
+fn the_mounts_are_steps_in_order() {
+    let mounts = MountPlan {
+        layers: 2,
+        trees: vec![("/usr".to_owned(), vec![1]), ("/lib64".to_owned(), vec![])],
+        targets: vec!["/cache".to_owned()],
+    };
+    insta::assert_debug_snapshot!(
+        "mounts",
+        mount_steps(&mounts, Slots { layers: 4, scratch: 8, volumes: 9 })
+    );
+}
+
+#[test]
+fn limits_become_resource_limits() {
+    let limits = LimitPolicy::default().resolve(&LimitsSpec::default(), "limits").expect("limits");
+    insta::assert_debug_snapshot!("rlimits", rlimits(&limits));
+}
+
+/// What cannot be had is refused with the field and what would be right.
+#[test]
+fn what_cannot_be_had_is_refused() {
+    for (json, words) in [
+        (r#"{"layers": ["host"]}"#, &["command", "needed"][..]),
+        (r#"{"layers": ["dir:/etc"], "command": ["a"]}"#, &["layers[0]", "/etc", "worker.layer_dirs"]),
+        (r#"{"layers": ["dir:/srv/layersother"], "command": ["a"]}"#, &["layers[0]", "worker.layer_dirs"]),
+        (r#"{"layers": ["image:python"], "command": ["a"]}"#, &["layers[0]", "image:python"]),
+        (
+            r#"{"layers": ["host"], "command": ["a"], "volumes": [{"host_path": "/etc", "target": "/e"}]}"#,
+            &["volumes[0].host_path", "worker.allowed_host_paths"],
+        ),
+        (r#"{"layers": ["host"], "command": ["a"], "network": "egress"}"#, &["network", "egress"]),
+        (r#"{"layers": ["host"], "command": ["a"], "tty": true}"#, &["tty"]),
+        (r#"{"layers": ["host"], "command": ["a"], "outputs": {"layer": true}}"#, &["outputs.layer"]),
+        (
+            r#"{"layers": ["host"], "command": ["a"], "limits": {"open_files": 5000}}"#,
+            &["limits.open_files", "4096"],
+        ),
+        (
+            r#"{"layers": ["host"], "command": ["a"], "limits": {"disk_bytes": 999999999}}"#,
+            &["limits.disk_bytes", "268435456"],
+        ),
+        (
+            r#"{"layers": ["host"], "steps": [{"name": "x", "command": ["a"], "limits": {"open_files": 5000}}]}"#,
+            &["steps[0].limits.open_files", "4096"],
+        ),
+    ] {
+        let message = plan(json).expect_err(json).message;
+        for word in words {
+            assert!(message.contains(word), "{json}\n  says: {message}\n  lacks: {word}");
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! Opens what the settings name: the queue, and the store beside it.
+
+use std::fs;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use hutch_layers::BlobStore;
+use hutch_queue::Queue;
+use hutch_queue::embedded::{EmbeddedOptions, EmbeddedQueue};
+use hutch_queue::rabbitmq::{RabbitConfig, RabbitQueue};
+
+use crate::settings::{Settings, absolute};
+use crate::term::Waiting;
+
+/// How long a queue may take to close.
+const CLOSE: Duration = Duration::from_secs(10);
+
+/// The data directory, made if it is missing, and open to its owner alone.
+pub(crate) fn data_dir(settings: &Settings) -> anyhow::Result<PathBuf> {
+    let directory = absolute(&settings.data_dir)?;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory).with_context(|| {
+        format!("the data directory {} cannot be made: choose another with --data DIR", directory.display())
+    })?;
+    Ok(directory)
+}
+
+/// The store for blobs.
+pub(crate) fn store(settings: &Settings) -> anyhow::Result<BlobStore> {
+    data_dir(settings)?;
+    BlobStore::open(&settings.store_url()).map_err(|error| anyhow!(error.full()))
+}
+
+/// Who opens a queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum For {
+    /// Takes jobs, and need not know of others.
+    Worker,
+    /// Answers for all jobs.
+    Gateway,
+}
+
+/// The queue: the broker's, or the embedded one.
+pub(crate) async fn open(settings: &Settings, blobs: &BlobStore, who: For) -> anyhow::Result<Arc<dyn Queue>> {
+    match &settings.broker.url {
+        Some(url) => rabbit(settings, url, blobs, who).await,
+        None => embedded(settings).await,
+    }
+}
+
+async fn rabbit(
+    settings: &Settings,
+    url: &str,
+    blobs: &BlobStore,
+    who: For,
+) -> anyhow::Result<Arc<dyn Queue>> {
+    if settings.store.url.is_none() {
+        tracing::warn!(
+            store = blobs.url(),
+            "broker.url is set and store.url is not: services on other machines find neither blobs nor results"
+        );
+    }
+    let config = RabbitConfig {
+        index: match who {
+            For::Gateway => Some(data_dir(settings)?.join("index.db")),
+            For::Worker => None,
+        },
+        name: match who {
+            For::Gateway => "hutch gateway".to_owned(),
+            For::Worker => format!("hutch worker {}", settings.worker.name),
+        },
+        ..RabbitConfig::new(url, blobs.object_store())
+    };
+    let connecting = RabbitQueue::connect(config);
+    tokio::pin!(connecting);
+    let mut waiting = Waiting::new();
+    let mut ticks = tokio::time::interval(Duration::from_secs(1));
+    let queue = loop {
+        tokio::select! {
+            queue = &mut connecting => break queue?,
+            _ = ticks.tick() => waiting.show("waiting for the broker"),
+        }
+    };
+    Ok(Arc::new(queue))
+}
+
+/// The embedded queue, in a file of the data directory.
+pub(crate) async fn embedded(settings: &Settings) -> anyhow::Result<Arc<dyn Queue>> {
+    let file = data_dir(settings)?.join("queue.db");
+    let queue = tokio::task::spawn_blocking(move || EmbeddedQueue::open(&file, EmbeddedOptions::default()))
+        .await
+        .context("the embedded queue cannot be opened")??;
+    Ok(Arc::new(queue))
+}
+
+/// Lets what is under way end, and closes; a queue that cannot be reached is not waited for long.
+pub(crate) async fn close(queue: &dyn Queue) {
+    if tokio::time::timeout(CLOSE, queue.close()).await.is_err() {
+        tracing::warn!("the queue did not close in time");
+    }
+}

@@ -1,0 +1,111 @@
+//! `hutch volume`: the named volumes that a worker keeps, directories below `volumes/` of its data.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use serde_json::json;
+
+use crate::cli::VolumeCommand;
+use crate::settings::{self, Flags, absolute};
+use crate::{exit, term, verdict};
+
+/// Lists or removes volumes.
+pub(crate) fn volume(command: VolumeCommand, config: Option<&Path>) -> anyhow::Result<ExitCode> {
+    match command {
+        VolumeCommand::List { data_dir, json } => list(&home(data_dir, config)?, json),
+        VolumeCommand::Remove { names, data_dir } => remove(&home(data_dir, config)?, &names),
+    }
+}
+
+fn home(data_dir: Option<PathBuf>, config: Option<&Path>) -> anyhow::Result<PathBuf> {
+    let flags = Flags::default().set("data_dir", "--data", data_dir.map(|path| path.display().to_string()));
+    Ok(absolute(&settings::load(config, &flags)?.settings.data_dir)?.join("volumes"))
+}
+
+fn list(home: &Path, as_json: bool) -> anyhow::Result<ExitCode> {
+    let mut volumes = Vec::new();
+    let entries = match fs::read_dir(home) {
+        Ok(entries) => entries.collect::<Result<Vec<_>, _>>(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    };
+    for entry in entries.with_context(|| format!("{} cannot be read", home.display()))? {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) && hutch_proto::is_name(&name) {
+            volumes.push((name, size_of(&entry.path())));
+        }
+    }
+    volumes.sort();
+    if as_json {
+        let rows: Vec<_> =
+            volumes.iter().map(|(name, bytes)| json!({"volume": name, "bytes": bytes})).collect();
+        term::line(json!(rows));
+    } else {
+        for (name, bytes) in volumes {
+            term::line(format!("{:>10}  {name}", verdict::size(bytes)));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The bytes of all files below a directory; links are not followed, what cannot be read is not counted.
+fn size_of(directory: &Path) -> u64 {
+    let mut bytes = 0;
+    let mut left = vec![directory.to_owned()];
+    while let Some(directory) = left.pop() {
+        let Ok(entries) = fs::read_dir(&directory) else { continue };
+        for entry in entries.flatten() {
+            match entry.metadata() {
+                Ok(meta) if meta.is_dir() => left.push(entry.path()),
+                Ok(meta) if meta.is_file() => bytes += meta.len(),
+                _ => {}
+            }
+        }
+    }
+    bytes
+}
+
+fn remove(home: &Path, names: &[String]) -> anyhow::Result<ExitCode> {
+    let mut missing = 0;
+    for name in names {
+        if !hutch_proto::is_name(name) {
+            bail!("`{name}` is no name of a volume: 1 to 63 letters, digits, `-`, `_` and `.` are expected");
+        }
+        // It goes out of the way first: a job that starts meanwhile gets a new one.
+        let doomed = home.join(format!(".removed-{}-{name}", std::process::id()));
+        match fs::rename(home.join(name), &doomed) {
+            Ok(()) => fs::remove_dir_all(&doomed)
+                .with_context(|| format!("{} cannot be removed whole", doomed.display()))?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                term::note(format!("there is no volume `{name}`"));
+                missing += 1;
+            }
+            Err(error) => return Err(error).with_context(|| format!("volume `{name}` cannot be removed")),
+        }
+    }
+    Ok(if missing > 0 { ExitCode::from(exit::FAILURE) } else { ExitCode::SUCCESS })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_volume_is_removed_with_all_that_is_in_it_and_nothing_else() {
+        let data = tempfile::tempdir().expect("data");
+        let outside = tempfile::tempdir().expect("outside");
+        fs::write(outside.path().join("kept"), "x").expect("write");
+        let home = data.path().join("volumes");
+        fs::create_dir_all(home.join("cache/deep")).expect("make");
+        fs::write(home.join("cache/deep/file"), "12345").expect("write");
+        std::os::unix::fs::symlink(outside.path(), home.join("cache/out")).expect("link");
+        assert_eq!(size_of(&home.join("cache")), 5);
+        remove(&home, &["cache".to_owned()]).expect("removed");
+        assert_eq!(fs::read_dir(&home).expect("home").count(), 0);
+        assert!(outside.path().join("kept").exists());
+        assert!(remove(&home, &["../volumes".to_owned()]).is_err());
+    }
+}
