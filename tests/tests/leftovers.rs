@@ -43,9 +43,10 @@ fn a_process_that_ran_many_jobs_holds_nothing() {
     {
         assert_eq!(early[same], late[same], "{same} grows: {said}");
     }
-    for none in ["cgroups", "launcher_children"] {
-        assert_eq!((&early[none], &late[none]), (&json!(0), &json!(0)), "{none}: {said}");
-    }
+    // What waits for the slot's next job: a group, which is a directory in each hierarchy, and an init.
+    assert_eq!((&early["cgroups"], &early["launcher_children"]), (&late["cgroups"], &json!(1)), "{said}");
+    assert_eq!(late["launcher_children"], json!(1), "{said}");
+    assert!(late["cgroups"].as_u64().unwrap() <= 6, "{said}");
     let grown = |what: &str| late[what].as_u64().unwrap().saturating_sub(early[what].as_u64().unwrap());
     assert!(grown("rss_kb") < 8 << 10, "this process grows: {said}");
     assert!(grown("launcher_rss_kb") < 1 << 10, "the launcher grows: {said}");
@@ -76,7 +77,7 @@ impl Sleeping {
         let launcher = launcher.clone();
         let all = engine.descendants();
         // The launcher, and for each job its init, its program and three that sleep.
-        assert!(all.len() >= 1 + 4 * 5, "{} processes", all.len());
+        assert!(all.len() > 4 * 5, "{} processes", all.len());
         assert!(engine.cgroups() >= 4, "{} cgroups", engine.cgroups());
         Self { child, stdout, engine, launcher, all, mounts, _home: home }
     }
