@@ -31,7 +31,11 @@ fn a_process_that_ran_many_jobs_holds_nothing() {
     let long = std::env::var("HUTCH_LONG_TESTS").is_ok_and(|value| value == "1");
     let count = if long { 2000 } else { 200 };
     let home = Home::new();
-    let output = engine_loop(&["many"], home.path(), count).output().unwrap();
+    let mut command = engine_loop(&["many"], home.path(), count);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let process = Process::of(child.id()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(process.cgroup_homes(), Vec::<std::path::PathBuf>::new(), "cgroups left");
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
     let figures: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();

@@ -227,6 +227,7 @@ fn begin(filter: Vec<Instruction>) -> Result<(Service, SignalFd)> {
     nix::sys::prctl::set_name(c"hutch-init")?;
     // What was ignored when this process began would be ignored in every sandbox.
     reset_signals()?;
+    lift_limits()?;
     let mut mask = SigSet::empty();
     for signal in [Signal::SIGCHLD, Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
         mask.add(signal);
@@ -244,6 +245,25 @@ fn begin(filter: Vec<Instruction>) -> Result<(Service, SignalFd)> {
         workspace: Workspace::new(),
     };
     Ok((service, signals))
+}
+
+/// Lifts the soft resource limits of which a program is given none of its own: one that a shell set for the worker
+/// would end programs, by SIGXCPU for one, as if it were their own doing.
+fn lift_limits() -> Result<()> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    for resource in [
+        Resource::RLIMIT_AS,
+        Resource::RLIMIT_CPU,
+        Resource::RLIMIT_DATA,
+        Resource::RLIMIT_LOCKS,
+        Resource::RLIMIT_NPROC,
+        Resource::RLIMIT_RSS,
+        Resource::RLIMIT_RTTIME,
+    ] {
+        let (_, hard) = getrlimit(resource)?;
+        setrlimit(resource, hard, hard)?;
+    }
+    Ok(())
 }
 
 fn answer(channel: &Channel, done: &Result<Vec<OwnedFd>>) -> Result<()> {
