@@ -165,8 +165,8 @@ fn reap_later(home: &Path, server: &Child, node: &Node) -> io::Result<()> {
         exec 9>starting; flock -x 9
         flock -n -x in-use true || exec sh \"$0\"
         rm -f port
-        kill -9 -- -{pid}
-        ERL_EPMD_PORT={epmd} epmd -kill >/dev/null 2>&1
+        kill -9 -{pid}
+        for try in 1 2 3 4 5; do ERL_EPMD_PORT={epmd} epmd -kill && break; sleep 1; done
         rm -rf node",
         pid = server.id(),
         epmd = node.epmd,
@@ -257,12 +257,13 @@ impl Node {
     fn stop_epmd(&self) {
         let mut epmd = Command::new("epmd");
         epmd.arg("-kill").env("ERL_EPMD_PORT", self.epmd.to_string());
-        // It ends only once it knows that the node is gone.
-        for _ in 0..20 {
-            let killed = epmd.stdout(Stdio::null()).stderr(Stdio::null()).status();
-            if !killed.is_ok_and(|status| status.success()) || !listens(self.epmd) {
+        // It refuses until it has seen that the node is gone.
+        for _ in 0..40 {
+            if !listens(self.epmd) {
                 return;
             }
+            // Looked at above, whatever it says.
+            let _ = epmd.stdout(Stdio::null()).stderr(Stdio::null()).status();
             std::thread::sleep(Duration::from_millis(50));
         }
     }

@@ -44,7 +44,7 @@ pub fn can_run(test: &str) -> bool {
     let root = std::fs::read_to_string("/proc/self/status")
         .is_ok_and(|status| status.lines().any(|line| line.starts_with("Uid:\t0\t")));
     if !root {
-        eprintln!("SKIPPED: {test}: only root can make cgroups and mounts here");
+        crate::skip(test, "only root can make cgroups and mounts here");
     }
     root
 }

@@ -5,3 +5,28 @@ pub mod hutch;
 pub mod processes;
 pub mod programs;
 pub mod proxy;
+
+/// Says aloud what could not be tested here and why: on stderr, and in the file that `HUTCH_SKIPPED` names,
+/// where the test command counts the lines.
+pub fn skip(what: &str, why: &str) {
+    use std::io::Write as _;
+    let line = format!("{what}: {why}\n");
+    eprint!("SKIPPED: {line}");
+    let Some(path) = std::env::var_os("HUTCH_SKIPPED") else { return };
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+    // One write of a line that is appended: lines of several processes do not mix.
+    let written = file.and_then(|mut file| file.write_all(line.as_bytes()));
+    if let Err(error) = written {
+        eprintln!("SKIPPED: this could not be counted: {error}");
+    }
+}
+
+/// Shows the logs of what is tested, as `RUST_LOG` asks for.
+pub fn log() {
+    let logs = tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_test_writer()
+        .try_init();
+    // Another test of this process has done so before.
+    drop(logs);
+}

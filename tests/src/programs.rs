@@ -30,7 +30,7 @@ pub fn layer() -> Option<&'static Path> {
     let made = LAYER.get_or_init(|| match compile() {
         Ok(dir) => Some(dir),
         Err(why) => {
-            eprintln!("SKIPPED: whatever needs a program in C: {why}");
+            crate::skip("whatever needs a program in C", &why);
             None
         }
     });

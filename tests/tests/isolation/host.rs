@@ -84,7 +84,7 @@ fn setuid_programs_give_nothing() {
     fs::set_permissions(&id, fs::Permissions::from_mode(0o6755)).unwrap();
     let outside = Command::new(&id).arg("-u").uid(1001).gid(1001).output().unwrap();
     if String::from_utf8_lossy(&outside.stdout) != "0\n" {
-        eprintln!("SKIPPED: setuid programs: they give nothing outside either");
+        hutch_tests::skip("setuid programs", "they give nothing outside either");
         return;
     }
     let more = json!({"layers": ["host", format!("dir:{}", layer.path().display())]});
@@ -113,7 +113,7 @@ fn file_capabilities_give_nothing() {
         "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('CapEff')][0])";
     let outside = Command::new(&file).args(["-c", show]).uid(1001).gid(1001).output().unwrap();
     if !String::from_utf8_lossy(&outside.stdout).contains("2000") {
-        eprintln!("SKIPPED: file capabilities: they give nothing outside either");
+        hutch_tests::skip("file capabilities", "they give nothing outside either");
         return;
     }
     let more = json!({"layers": ["host", format!("dir:{}", layer.path().display())]});
@@ -129,7 +129,7 @@ fn device_nodes_of_a_layer_cannot_be_opened() {
     let node = layer.path().join("zero");
     let made = Command::new("mknod").args(["-m", "666"]).arg(&node).args(["c", "1", "5"]).status().unwrap();
     if !made.success() || fs::File::open(&node).is_err() {
-        eprintln!("SKIPPED: device nodes of a layer: they cannot be opened outside either");
+        hutch_tests::skip("device nodes of a layer", "they cannot be opened outside either");
         return;
     }
     let more = json!({"layers": ["host", format!("dir:{}", layer.path().display())], "user": "root"});

@@ -10,4 +10,5 @@ mod embedded;
 mod home;
 mod rabbitmq;
 mod rabbitmq_faults;
+mod store;
 mod suite;

@@ -105,7 +105,7 @@ fn memory_that_runs_out_around_the_worker_is_the_host_s_fault() {
     }
     let Some(probe) = programs::layer() else { return };
     let Some(group) = MemoryGroup::new(192 << 20) else {
-        eprintln!("SKIPPED: memory around the worker: there is no memory controller of cgroup v1 here");
+        hutch_tests::skip("memory around the worker", "there is no memory controller of cgroup v1 here");
         return;
     };
     let home = Home::new();

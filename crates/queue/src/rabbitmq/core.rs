@@ -31,6 +31,9 @@ use super::topology::{self, Source};
 use crate::sequence::Sequences;
 use crate::{Finished, QueueError};
 
+/// How long a queue that was deleted stays so.
+const DELETED_PAUSE: Duration = Duration::from_millis(500);
+
 /// See the module.
 pub(super) struct Core {
     pub(super) publish: Link,
@@ -194,6 +197,9 @@ impl Core {
         self.ensure(source).await?;
         match self.publisher.publish(message).await {
             Err(PublishError::Unroutable { .. }) => {
+                // Somebody deleted the queue. Were it there again at once, RabbitMQ 3.10 would not tell
+                // its subscribers, and bring them nothing more.
+                tokio::time::sleep(DELETED_PAUSE).await;
                 self.declare(source).await?;
                 Ok(self.publisher.publish(message).await?)
             }

@@ -105,7 +105,10 @@ impl RabbitConfig {
 pub struct RabbitQueue {
     core: Arc<Core>,
     reconnects: Arc<AtomicU64>,
+    /// All that works on the connections; ended before they are closed.
     tasks: TaskTracker,
+    connections: TaskTracker,
+    hang_up: CancellationToken,
     /// One lock for each id that is being submitted, so that a race publishes it once.
     submitting: Mutex<HashMap<JobId, Weak<tokio::sync::Mutex<()>>>>,
 }
@@ -121,15 +124,16 @@ impl RabbitQueue {
         let uri = parse_url(&config.url)?;
         let index = config.index.as_deref().map(Index::open).transpose()?;
         let closing = CancellationToken::new();
-        let tasks = TaskTracker::new();
+        let (tasks, connections, hang_up) =
+            (TaskTracker::new(), TaskTracker::new(), CancellationToken::new());
         let reconnects = Arc::new(AtomicU64::new(0));
         let known = Known::default();
 
         let link = |role: &str, prepare: Prepare| {
             let name = format!("{} ({role})", config.name);
             let (link, keeper) =
-                Link::start(uri.clone(), name, prepare, Arc::clone(&reconnects), closing.clone());
-            tasks.spawn(keeper);
+                Link::start(uri.clone(), name, prepare, Arc::clone(&reconnects), hang_up.clone());
+            connections.spawn(keeper);
             link
         };
         let gateway = index.as_ref().map(|index| index.gateway().to_owned());
@@ -137,7 +141,7 @@ impl RabbitQueue {
         let consume = link("consumes", Arc::new(|_| Box::pin(async { Ok(()) })));
 
         let (events_out, outbox) = mpsc::channel(EVENTS_OUT);
-        tasks.spawn(publisher::publish_events(publish.clone(), outbox));
+        tasks.spawn(publisher::publish_events(publish.clone(), outbox, closing.clone()));
         let core = Arc::new(Core {
             publisher: Publisher::new(publish.clone(), config.confirm_timeout),
             publish,
@@ -157,7 +161,7 @@ impl RabbitQueue {
             held: Mutex::default(),
             tokens: AtomicU64::new(1),
         });
-        let queue = Self { core, reconnects, tasks, submitting: Mutex::default() };
+        let queue = Self { core, reconnects, tasks, connections, hang_up, submitting: Mutex::default() };
         // On an error the queue is dropped, and with it all that was started.
         queue.core.publish.first(config.connect_timeout).await?;
         queue.core.consume.first(config.connect_timeout).await?;
@@ -385,18 +389,32 @@ impl Queue for RabbitQueue {
 
     async fn close(&self) {
         self.core.closing.cancel();
-        self.tasks.close();
-        if timeout(STEP, self.tasks.wait()).await.is_err() {
-            tracing::warn!("the queue did not end in {STEP:?}");
-        }
+        end(&self.tasks, &self.connections, &self.hang_up).await;
         if let Some(index) = &self.core.index {
             index.close();
         }
     }
 }
 
+/// Waits for what works on the connections, then for these.
+async fn end(tasks: &TaskTracker, connections: &TaskTracker, hang_up: &CancellationToken) {
+    for tracker in [tasks, connections] {
+        tracker.close();
+        if timeout(STEP, tracker.wait()).await.is_err() {
+            tracing::warn!("the queue did not end in {STEP:?}");
+        }
+        hang_up.cancel();
+    }
+}
+
 impl Drop for RabbitQueue {
     fn drop(&mut self) {
         self.core.closing.cancel();
+        let (tasks, connections, hang_up) =
+            (self.tasks.clone(), self.connections.clone(), self.hang_up.clone());
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn(async move { end(&tasks, &connections, &hang_up).await })),
+            Err(_) => hang_up.cancel(),
+        }
     }
 }

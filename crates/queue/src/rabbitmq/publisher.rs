@@ -13,6 +13,7 @@ use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::{Channel, Confirmation};
 use tokio::sync::{Mutex, mpsc};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use super::message::Message;
 use super::supervisor::{Link, STEP};
@@ -121,10 +122,19 @@ impl Publisher {
     }
 }
 
-/// Publishes events one after another until the sending end is gone.
-pub(super) async fn publish_events(link: Link, mut events: mpsc::Receiver<Message>) {
+/// Publishes events one after another; when the queue closes, what waits by then.
+pub(super) async fn publish_events(
+    link: Link,
+    mut events: mpsc::Receiver<Message>,
+    closing: CancellationToken,
+) {
     let mut channel: Option<(u64, Channel)> = None;
-    while let Some(message) = events.recv().await {
+    loop {
+        let next = match closing.run_until_cancelled(events.recv()).await {
+            Some(next) => next,
+            None => events.try_recv().ok(),
+        };
+        let Some(message) = next else { return };
         let Ok(live) = link.now() else { continue };
         let usable = channel
             .as_ref()

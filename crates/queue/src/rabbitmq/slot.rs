@@ -41,6 +41,10 @@ const LINGER: Duration = Duration::from_secs(1);
 /// How long what is done with waits for the next job to be asked for.
 const MOMENT: Duration = Duration::from_millis(20);
 
+/// After how long a subscription that has brought nothing is made anew. RabbitMQ 3.10, for one, says
+/// nothing where a queue was deleted and declared again at once, and keeps what it should bring.
+const RENEW: Duration = Duration::from_secs(30);
+
 type Reply<T> = oneshot::Sender<Result<T, QueueError>>;
 type TakeReply = Reply<(Lease, CancellationToken)>;
 
@@ -56,6 +60,8 @@ struct Open {
     generation: u64,
     channel: Channel,
     stream: Option<(Source, lapin::Consumer)>,
+    /// To be made anew.
+    stale: bool,
 }
 
 /// What becomes of a message.
@@ -212,6 +218,10 @@ impl Slot {
                 _ = bands.changed() => Ok(None),
                 () = reply.closed() => Ok(None),
                 () = self.gone.cancelled() => Err(QueueError::Closed),
+                () = tokio::time::sleep(RENEW) => {
+                    open.stale = true;
+                    Ok(None)
+                }
             };
         }
         let waiting = self.core.bell.wait(&sources);
@@ -232,6 +242,7 @@ impl Slot {
     async fn make_ready(&mut self, live: &Live, sources: &[Source]) -> Result<(), QueueError> {
         let suits = self.open.as_ref().is_some_and(|open| {
             open.generation == live.generation
+                && !open.stale
                 && open.channel.status().connected()
                 && (open.stream.is_none() || sources.len() == 1)
         });
@@ -441,7 +452,7 @@ impl Open {
             scratch.close(200, "declared".into()).await?;
             let channel = live.connection.create_channel().await?;
             channel.basic_qos(1, BasicQosOptions::default()).await?;
-            Ok(Self { generation: live.generation, channel, stream: None })
+            Ok(Self { generation: live.generation, channel, stream: None, stale: false })
         };
         step("open a channel", opening).await
     }
