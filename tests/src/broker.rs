@@ -25,6 +25,8 @@ const SCRIPTS: &str = "/usr/lib/rabbitmq/bin";
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Seconds without a test after which the shared server ends.
 const LINGER_S: u32 = 30;
+/// Longest wait for a server to write down which quorum queues it has.
+const SETTLE: Duration = Duration::from_secs(5);
 
 /// A server of one test. It ends with this value.
 #[derive(Debug)]
@@ -81,7 +83,19 @@ impl Broker {
     }
 
     /// Kills the server, as a power cut would; what it has on disk stays.
+    ///
+    /// It waits until the server has written down its queues. RabbitMQ 3.10 notes a new quorum queue in a table that it
+    /// saves up to a second later; killed before that, it comes back with the queue's log, but never elects
+    /// a leader for it, and whoever speaks to the queue waits for ever.
     pub fn kill9(&mut self) {
+        let begin = Instant::now();
+        while !self.node.queues_are_saved() && begin.elapsed() < SETTLE {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        self.kill_now();
+    }
+
+    fn kill_now(&mut self) {
         if let Some(mut child) = self.child.take() {
             kill_group(child.id());
             let _ = child.wait();
@@ -93,7 +107,9 @@ impl Broker {
     /// # Panics
     /// If it does not come up.
     pub fn restart(&mut self) {
-        self.kill9();
+        if self.child.is_some() {
+            self.kill9();
+        }
         self.child = Some(self.node.spawn().unwrap_or_else(fail));
         self.node.wait().unwrap_or_else(fail);
     }
@@ -113,7 +129,7 @@ impl Broker {
 
 impl Drop for Broker {
     fn drop(&mut self) {
-        self.kill9();
+        self.kill_now();
         self.node.stop_epmd();
     }
 }
@@ -240,6 +256,18 @@ impl Node {
         fs::write(self.home.join("rabbitmq.conf"), "disk_free_limit.absolute = 50MB\n")?;
         let output = File::create(self.home.join("output"))?;
         self.command("rabbitmq-server").stdout(output.try_clone()?).stderr(output).process_group(0).spawn()
+    }
+
+    /// Whether the table of quorum queues was saved after the youngest queue was made: the first part of an entry is
+    /// written at once, the rest a second later.
+    fn queues_are_saved(&self) -> bool {
+        const LATER: Duration = Duration::from_millis(300);
+        let quorum = self.home.join("mnesia").join(&self.name).join("quorum").join(&self.name);
+        let made = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified()).ok();
+        let entries = fs::read_dir(&quorum).into_iter().flatten().flatten();
+        let queues = entries.map(|entry| entry.path()).filter(|path| path.is_dir());
+        let youngest = queues.filter_map(|queue| made(&queue.join("config"))).max();
+        youngest.map(|youngest| youngest + LATER) <= made(&quorum.join("names.dets"))
     }
 
     fn wait(&self) -> io::Result<()> {

@@ -328,10 +328,12 @@ fn tell_launcher(launcher: &RawLauncher, cgroups: &Cgroups) -> Result<(), Engine
 
 /// A job's usage as the contract shows it.
 pub(crate) fn usage(readings: &Readings, wall_time_ms: u64, disk: DiskUse) -> Usage {
+    // The two parts add up to what limits are held against: the whole is rounded, not each part.
+    let cpu_system_ms = readings.cpu_system_us / 1000;
     Usage {
         wall_time_ms,
-        cpu_user_ms: readings.cpu_user_us / 1000,
-        cpu_system_ms: readings.cpu_system_us / 1000,
+        cpu_user_ms: readings.cpu_us() / 1000 - cpu_system_ms,
+        cpu_system_ms,
         cpu_throttled_ms: readings.throttled_us / 1000,
         memory_peak_bytes: readings.memory_peak_bytes,
         oom_kills: readings.oom_kills,

@@ -133,10 +133,10 @@ async fn a_broker_that_is_killed_loses_nothing() {
     let (url, store, directory) = (broker.url(), memory(), tempfile::tempdir().unwrap());
     let gateway = gateway(&url, directory.path(), &store).await;
     let worker = worker(&url, &store).await;
-    let flow = Flow::start(&gateway, &worker, 300, 4).await;
+    let flow = Flow::start(&gateway, &worker, 1000, 4).await;
     for round in 1..=2 {
         flow.reach(round * 80).await;
-        broker.kill9();
+        tokio::task::block_in_place(|| broker.kill9());
         until("the loss to be noticed", || async { (!worker.connected()).then_some(()) }).await;
         tokio::task::block_in_place(|| broker.restart());
         let begin = Instant::now();
