@@ -74,10 +74,6 @@ fn imports() -> anyhow::Result<()> {
         };
         for dependency in package["dependencies"].as_array().into_iter().flatten() {
             let used = dependency["name"].as_str().unwrap_or_default();
-            // Any test may lean on what the tests share.
-            if dependency["kind"] == "dev" && used == "hutch-tests" {
-                continue;
-            }
             let ours = MAY_USE.iter().any(|(known, _)| *known == used);
             if ours && !allowed.contains(&used) {
                 bail!("{name} uses {used}, which ARCHITECTURE.md does not allow");

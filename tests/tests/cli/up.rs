@@ -3,9 +3,9 @@
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::house::{House, Served};
+use hutch_tests::house::{Done, House, Served};
 
-fn client(house: &House, served: &Served, arguments: &[&str]) -> crate::house::Done {
+fn client(house: &House, served: &Served, arguments: &[&str]) -> Done {
     let (command, rest) = arguments.split_first().expect("command");
     house.hutch(&[&[*command, "--url", served.url.as_str()], rest].concat())
 }
