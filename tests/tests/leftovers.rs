@@ -8,14 +8,22 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use hutch_tests::broker::Broker;
+use hutch_tests::house::{House, Served};
 use hutch_tests::hutch::{Home, can_run};
-use hutch_tests::processes::Process;
+use hutch_tests::processes::{Process, size};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 /// How soon after a kill nothing may be left.
 const SOON: Duration = Duration::from_secs(2);
+
+/// How many jobs are many.
+fn many() -> usize {
+    let long = std::env::var("HUTCH_LONG_TESTS").is_ok_and(|value| value == "1");
+    if long { 20_000 } else { 2000 }
+}
 
 fn engine_loop(arguments: &[&str], dir: &Path, count: usize) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_engine_loop"));
@@ -28,8 +36,7 @@ fn a_process_that_ran_many_jobs_holds_nothing() {
     if !can_run("many jobs") {
         return;
     }
-    let long = std::env::var("HUTCH_LONG_TESTS").is_ok_and(|value| value == "1");
-    let count = if long { 2000 } else { 200 };
+    let count = many();
     let home = Home::new();
     let mut command = engine_loop(&["many"], home.path(), count);
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -54,6 +61,86 @@ fn a_process_that_ran_many_jobs_holds_nothing() {
     let grown = |what: &str| late[what].as_u64().unwrap().saturating_sub(early[what].as_u64().unwrap());
     assert!(grown("rss_kb") < 8 << 10, "this process grows: {said}");
     assert!(grown("launcher_rss_kb") < 1 << 10, "the launcher grows: {said}");
+}
+
+/// What a worker has, counted from outside.
+#[derive(Debug, PartialEq, Eq)]
+struct Holdings {
+    open_files: usize,
+    mounts: usize,
+    cgroups: usize,
+    children: usize,
+    launcher_files: usize,
+    launcher_mounts: usize,
+    launcher_entries: usize,
+    /// Files and bytes of its data directory.
+    data: (usize, u64),
+}
+
+impl Holdings {
+    fn of(worker: &Served, data: &Path) -> (Self, u64) {
+        let process = worker.process();
+        let [launcher] = &process.children()[..] else { panic!("not one launcher") };
+        let holdings = Self {
+            open_files: process.open_fds(),
+            mounts: process.mounts(),
+            cgroups: process.cgroups(),
+            children: launcher.children().len(),
+            launcher_files: launcher.open_fds(),
+            launcher_mounts: launcher.mounts(),
+            launcher_entries: launcher.root_entries(),
+            data: size(data),
+        };
+        (holdings, process.resident_kb() + launcher.resident_kb())
+    }
+}
+
+/// Sends jobs, and waits for the last one.
+fn run_through(gateway: &Served, queue: &str, count: usize) {
+    let job = json!({
+        "layers": ["host"], "queue": queue, "cwd": "/box",
+        "command": ["sh", "-c", "echo here; echo x > ~/x; mkdir out; echo y > out/y; echo z > /kept/z"],
+        "outputs": {"paths": ["/box/**"]}, "volumes": [{"volume": "kept", "target": "/kept"}],
+    });
+    for part in (0..count).step_by(500) {
+        let jobs = vec![job.clone(); (count - part).min(500)];
+        let answers = gateway.post("/v1/jobs/batch", &Value::from(jobs));
+        let ids = answers.as_array().unwrap();
+        assert!(ids.iter().all(|answer| answer["id"].is_string()), "{answers}");
+        for answer in ids {
+            let path = format!("/v1/jobs/{}", answer["id"].as_str().unwrap());
+            let mut view = gateway.get_json(&path);
+            while view["state"] != "finished" {
+                std::thread::sleep(Duration::from_millis(20));
+                view = gateway.get_json(&path);
+            }
+            assert_eq!(view["result"]["status"], "succeeded", "{view}");
+        }
+    }
+}
+
+#[test]
+fn a_worker_that_ran_many_jobs_holds_nothing() {
+    let Some(house) = House::with_sandboxes() else { return };
+    let broker = Broker::shared();
+    let (queue, store) = (format!("soak-{}", std::process::id()), house.path("store"));
+    let shared = ["--broker", broker.url(), "--store", &format!("file://{}", store.display())];
+    let gateway = house.serve(&[&["gateway"][..], &shared].concat());
+    let worker = house.serve_with(
+        &[&["worker", "--slots", "1", "--data", "worker", "--queue", &queue][..], &shared].concat(),
+        &[("HUTCH__WORKER__ALLOW_HOST_LAYER", "true")],
+    );
+    let look = |count| {
+        run_through(&gateway, &queue, count);
+        // The last sandbox is taken down after its answer.
+        std::thread::sleep(Duration::from_millis(500));
+        Holdings::of(&worker, &house.path("worker"))
+    };
+    let (early, early_kb) = look(50);
+    let (late, late_kb) = look(many());
+    eprintln!("after 50 jobs: {early:?}, {early_kb} kB\nafter {} more: {late:?}, {late_kb} kB", many());
+    assert_eq!(early, late, "something grows");
+    assert!(late_kb.saturating_sub(early_kb) < 8 << 10, "memory grows: {early_kb} kB, then {late_kb} kB");
 }
 
 /// Four jobs that sleep, with all that belongs to them.
@@ -191,10 +278,10 @@ fn hutch_run_leaves_its_volumes_and_outputs_alone() {
         home.run(&spec).unwrap()
     };
     let first = run();
-    let size = hutch_tests::processes::size(home.path());
+    let kept = size(home.path());
     let again = run();
     assert_eq!(first.outputs, again.outputs, "the same files make the same archive");
-    assert_eq!(hutch_tests::processes::size(home.path()), size, "the same archive is kept once");
+    assert_eq!(size(home.path()), kept, "the same archive is kept once");
     let volumes: Vec<_> = fs::read_dir(home.path().join("volumes")).unwrap().flatten().collect();
     assert_eq!(volumes.len(), 1);
 }

@@ -10,6 +10,8 @@ use super::{Controller, JobCgroup, Version, read_text, write_file};
 
 /// Prefix of the name of every home; the worker's pid and start time follow.
 const HOME_PREFIX: &str = "hutch-";
+/// The leaf into which processes step down on v2, so that the group above may have controlled children.
+const LEAF: &str = "hutch-worker";
 
 /// One hierarchy that is used, and the worker's place in it.
 #[derive(Debug)]
@@ -232,7 +234,13 @@ fn places(mountinfo: &str, own: &str) -> Vec<(Version, PathBuf, Vec<Controller>)
                 _ => return None,
             };
             let below = path.strip_prefix(root.trim_end_matches('/')).unwrap_or(path);
-            Some((version, Path::new(point).join(below.trim_start_matches('/')), controllers))
+            let place = Path::new(point).join(below.trim_start_matches('/'));
+            // Who was moved into a leaf before is still at home in the group above.
+            let place = match place.parent() {
+                Some(above) if version == Version::V2 && place.ends_with(LEAF) => above.to_owned(),
+                _ => place,
+            };
+            Some((version, place, controllers))
         })
         .collect();
     found.sort_by_key(|(version, _, _)| *version == Version::V2);
@@ -243,36 +251,46 @@ fn unified_controllers(dir: &Path) -> Vec<Controller> {
     read_text(dir, "cgroup.controllers").split_whitespace().filter_map(controller_of).collect()
 }
 
+/// Lets controllers be used below a cgroup, all or none of them: in a group that has processes, some could be had
+/// alone, and would turn it into a threaded one.
 fn enable(dir: &Path, controllers: &[Controller]) -> io::Result<()> {
     let names = controllers.iter().filter_map(|controller| match controller {
-        Controller::Memory => Some("memory"),
-        Controller::Pids => Some("pids"),
-        Controller::Cpu => Some("cpu"),
-        Controller::Io => Some("io"),
-        Controller::Cpuset => Some("cpuset"),
+        Controller::Memory => Some("+memory"),
+        Controller::Pids => Some("+pids"),
+        Controller::Cpu => Some("+cpu"),
+        Controller::Io => Some("+io"),
+        Controller::Cpuset => Some("+cpuset"),
         Controller::Cpuacct => None,
     });
-    for name in names {
-        write_file(&dir.join("cgroup.subtree_control"), &format!("+{name}"))?;
-    }
-    Ok(())
+    write_file(&dir.join("cgroup.subtree_control"), &names.collect::<Vec<_>>().join(" "))
 }
 
 /// Lets controllers be used below the worker's own cgroup. On v2 a cgroup has either processes or
-/// controlled children: the worker steps down into a leaf first.
+/// controlled children ("no internal processes"): those that are in it, the worker among them, step down into a leaf
+/// first.
 fn delegate(parent: &Path, controllers: &[Controller]) -> io::Result<()> {
-    if enable(parent, controllers).is_ok() {
-        return Ok(());
+    /// Processes may be started, or end, while others are moved.
+    const TRIES: usize = 20;
+    let mut enabled = enable(parent, controllers);
+    for _ in 0..TRIES {
+        match &enabled {
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
+            _ => break,
+        }
+        let leaf = parent.join(LEAF);
+        match fs::create_dir(&leaf) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+        for pid in read_text(parent, "cgroup.procs").lines() {
+            match write_file(&leaf.join("cgroup.procs"), pid) {
+                Err(e) if e.raw_os_error() != Some(libc::ESRCH) => return Err(e),
+                _ => {}
+            }
+        }
+        enabled = enable(parent, controllers);
     }
-    let leaf = parent.join("hutch-worker");
-    match fs::create_dir(&leaf) {
-        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
-        _ => {}
-    }
-    for pid in read_text(parent, "cgroup.procs").lines() {
-        write_file(&leaf.join("cgroup.procs"), pid)?;
-    }
-    enable(parent, controllers)
+    enabled
 }
 
 /// This process, told apart from a later one with the same pid.
@@ -335,6 +353,8 @@ mod tests {
                 (Version::V2, "/sys/fs/cgroup/unified/u".into(), vec![]),
             ]
         );
+        let again = places(mountinfo, "0::/u/hutch-worker\n");
+        assert_eq!(again, [(Version::V2, "/sys/fs/cgroup/unified/u".into(), vec![])]);
     }
 
     #[test]
