@@ -66,7 +66,7 @@ impl Parked {
     pub fn start(self, plan: &Plan, fds: &[BorrowedFd<'_>]) -> Result<Started> {
         let body = postcard::to_stdvec(plan).map_err(|_| Errno::EINVAL)?;
         self.socket.send(&body, fds)?;
-        Ok(Started { init: self.init, mounts: self.mounts })
+        Ok(Started { init: self.init, mounts: self.mounts, handed_back: HandedBack(self.socket) })
     }
 }
 
@@ -77,6 +77,27 @@ pub struct Started {
     pub init: OwnedFd,
     /// Its mount namespace: while this is held, its mounts need not be taken down.
     pub mounts: OwnedFd,
+    /// Where it sends what it hands back.
+    pub handed_back: HandedBack,
+}
+
+/// Where a sandbox sends what it hands back.
+#[derive(Debug)]
+pub struct HandedBack(Channel);
+
+impl HandedBack {
+    /// What a [`Step::HandBack`](crate::Step) sent; none if init ended before it came to that. Call it when init is
+    /// dead: it waits for a message or for the end.
+    ///
+    /// # Errors
+    /// EBADMSG if something else came.
+    pub fn take(&self) -> Result<Option<OwnedFd>> {
+        match self.0.receive()? {
+            Some((_, mut fds)) if fds.len() == 1 => Ok(fds.pop()),
+            Some(_) => Err(Errno::EBADMSG),
+            None => Ok(None),
+        }
+    }
 }
 
 /// The worker's handle on its launcher. When it is dropped, the launcher ends and every sandbox with it.

@@ -21,7 +21,7 @@ mod record;
 mod tinyroot;
 
 pub use child::user;
-pub use launcher::{CgroupHome, Launcher, Parked, Started};
+pub use launcher::{CgroupHome, HandedBack, Launcher, Parked, Started};
 pub use nix::errno::Errno;
 pub use plan::{FdIndex, FileWrite, IdRange, Plan, Program, ProgramCgroup, Rlimit, Step, Text};
 pub use record::{RECORD_BYTES, Record, Stage};

@@ -91,6 +91,10 @@ pub(crate) enum StepRef<'a> {
         #[serde(borrow)]
         target: TextRef<'a>,
     },
+    HandBack {
+        #[serde(borrow)]
+        source: TextRef<'a>,
+    },
     Overlay {
         #[serde(borrow)]
         lowers: List<'a, TextRef<'a>>,
@@ -190,6 +194,7 @@ mod tests {
                 Step::Volume { mount: 3, inside: c"/v".into(), index: 2 },
                 Step::Bind { source: c"/s".into(), inside: c"/dev/shm".into(), attributes: 14 },
                 Step::Proc,
+                Step::HandBack { source: c"/s".into() },
                 Step::Pivot,
             ],
             ids: IdRange { base: 805_306_368, count: 65_536 },
@@ -227,6 +232,8 @@ mod tests {
         assert_eq!((texts(lowers), target.get()), (vec!["/l/1".to_owned(), "/l/0".to_owned()], Ok(c"/n")));
         assert!(matches!(steps[4], StepRef::Volume { mount: 3, index: 2, .. }));
         assert!(matches!(steps[5], StepRef::Bind { attributes: 14, .. }));
+        let StepRef::HandBack { source } = steps[7] else { panic!("{:?}", steps[7]) };
+        assert_eq!(source.get(), Ok(c"/s"));
         let program = order.program;
         let CgroupRef::Unified(9, tasks) = program.cgroup else { panic!("{:?}", program.cgroup) };
         assert_eq!(tasks.collect::<Result<Vec<_>>>(), Ok(vec![1, 2]));

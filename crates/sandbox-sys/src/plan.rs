@@ -93,6 +93,13 @@ pub enum Step {
         /// Where.
         target: Text,
     },
+    /// Clones an attached mount and sends it back to who ordered the sandbox: [`HandedBack`](crate::HandedBack)
+    /// receives it. A detached mount can be attached once, and before Linux 6.15 only one that is attached can be
+    /// cloned; so whoever needs it again asks for it while it is there.
+    HandBack {
+        /// Where, in the launcher's small root.
+        source: Text,
+    },
     /// Mounts an overlay: overlayfs in the kernel's documentation.
     Overlay {
         /// Lower directories, topmost first.

@@ -2,7 +2,7 @@
 //!
 //! A sandbox's mount namespace begins as a copy of the launcher's, and copying costs by the mount;
 //! so the launcher keeps two. `/l/N` is where layers are attached, `/s` where the scratch file
-//! system, `/n` where the new root; `/p` and `/d` are where each init prepares its own /proc and /dev;
+//! system, `/n` where the new root, `/t` where a tree that goes into it; `/p` and `/d` are where each init prepares its own /proc and /dev;
 //! `/e` is empty; `/dev` is the device tree, made once and shown to every sandbox read-only.
 
 use std::ffi::{CStr, CString};
@@ -19,6 +19,9 @@ use crate::{Errno, Result};
 
 /// How many layers can be attached at one time, upper parts of the host layer among them.
 pub(crate) const LAYER_PLACES: usize = 128;
+
+/// Where a tree of programs is mounted before it is moved into the new root.
+pub(crate) const TREE: &CStr = c"/t";
 
 /// The character devices of a sandbox: name, major, minor.
 const DEVICES: [(&CStr, u64, u64); 6] = [
@@ -67,7 +70,7 @@ pub(crate) fn enter() -> Result<OldRoot> {
     pivot_root(".", ".")?;
     umount2(".", MntFlags::MNT_DETACH)?;
     nix::unistd::chdir("/")?;
-    for name in ["l", "s", "n", "e", "p", "d", "dev"] {
+    for name in ["l", "s", "n", "t", "e", "p", "d", "dev"] {
         mkdir(name, Mode::from_bits_truncate(0o755))?;
     }
     for place in 0..LAYER_PLACES {

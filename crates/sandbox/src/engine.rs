@@ -190,9 +190,9 @@ impl Engine {
     ) -> Result<Prepared, Refusal> {
         let inner = &*self.0;
         let ids = inner.ids.of(order.slot).ok_or_else(|| Refusal::host("there is no such slot"))?;
-        let prepared = Prepared::new(plan, &inner.config, inner.host.as_ref(), ids)?;
+        let mut prepared = Prepared::new(plan, &inner.config, inner.host.as_ref(), ids)?;
         let told = AtomicBool::new(false);
-        for (index, step) in plan.steps.iter().enumerate() {
+        for (number, step) in plan.steps.iter().enumerate() {
             let means = Means {
                 launcher: &inner.launcher,
                 parked: &inner.parked,
@@ -203,7 +203,7 @@ impl Engine {
             };
             // Two overlays on one upper directory must not be mounted at one time.
             course.remains.mounts.clear();
-            let running = spawn(means, plan, step, &prepared, index == 0)?;
+            let running = spawn(means, plan, number, &prepared)?;
             let _live = self.register(order.slot, &running.cgroup, step.limits.memory_bytes);
             if !told.swap(true, Ordering::Relaxed) {
                 observer.started();
@@ -211,8 +211,13 @@ impl Engine {
             let exited = supervise(running, &step.limits, &step.name, &prepared, &order.cancel, observer)
                 .await
                 .map_err(|e| Refusal::host(format!("lost sight of a sandbox: {e}")))?;
-            if !course.step_done(step, plan, exited)? {
+            let handed_back = exited.handed_back.take();
+            if !course.step_done(step, plan, exited)? || number + 1 == plan.steps.len() {
                 break;
+            }
+            match handed_back {
+                Ok(Some(scratch)) => prepared.renew_scratch(scratch),
+                _ => return Err(Refusal::host("a sandbox kept the job's files from its next step")),
             }
         }
         Ok(prepared)

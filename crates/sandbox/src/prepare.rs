@@ -65,7 +65,6 @@ pub(crate) struct Prepared {
 #[derive(Debug)]
 pub(crate) struct StepMounts {
     pub(crate) layers: Vec<OwnedFd>,
-    pub(crate) scratch: OwnedFd,
     pub(crate) volumes: Vec<OwnedFd>,
 }
 
@@ -136,9 +135,18 @@ impl Prepared {
         let all = |shown: &[Shown]| shown.iter().map(|one| one.mount(userns)).collect::<Result<Vec<_>, _>>();
         Ok(StepMounts {
             layers: all(&self.shown).map_err(failed)?,
-            scratch: clone_tree(self.scratch.as_fd(), c"").map_err(failed)?,
             volumes: all(&self.volumes).map_err(failed)?,
         })
+    }
+
+    /// The scratch file system, attached nowhere yet.
+    pub(crate) fn scratch(&self) -> BorrowedFd<'_> {
+        self.scratch.as_fd()
+    }
+
+    /// Takes the scratch file system back from a step, so that the next one can attach it.
+    pub(crate) fn renew_scratch(&mut self, scratch: OwnedFd) {
+        self.scratch = scratch;
     }
 
     /// How full the scratch file system is: fstatfs(2).

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use hutch_sandbox_sys::{
-    Errno, FdIndex, FileWrite, IdRange, Launcher, Parked, Plan, Program, ProgramCgroup, Started,
+    Errno, FdIndex, FileWrite, HandedBack, IdRange, Launcher, Parked, Plan, Program, ProgramCgroup, Started,
 };
 use std::sync::{Mutex, PoisonError};
 
@@ -12,7 +12,7 @@ use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 
 use crate::cgroup::{Cgroups, Entrance, JobCgroup};
-use crate::plan::{JobPlan, Slots, StepPlan, mount_steps, rlimits};
+use crate::plan::{JobPlan, Slots, mount_steps, rlimits};
 use crate::prepare::{Prepared, sealed};
 use crate::refusal::Refusal;
 
@@ -23,6 +23,8 @@ pub(crate) struct Running {
     pub(crate) init: OwnedFd,
     /// Its mount namespace: while this is held, nobody waits for its mounts to be taken down.
     pub(crate) mounts: OwnedFd,
+    /// Where the scratch file system comes back for the next step.
+    pub(crate) handed_back: HandedBack,
     /// Where records come from.
     pub(crate) report: OwnedFd,
     pub(crate) stdout: OwnedFd,
@@ -86,17 +88,18 @@ impl Means<'_> {
     }
 }
 
-/// Starts one step of a job.
+/// Starts one step of a job, by its place in the plan.
 ///
 /// # Errors
 /// `host_error`, with the operation that failed.
 pub(crate) fn spawn(
     means: Means<'_>,
     job: &JobPlan,
-    step: &StepPlan,
+    number: usize,
     prepared: &Prepared,
-    first: bool,
 ) -> Result<Running, Refusal> {
+    let step = job.steps.get(number).ok_or_else(|| Refusal::host("there is no such step"))?;
+    let (first, last) = (number == 0, number + 1 == job.steps.len());
     let mut cgroup = means.cgroups.take(&step.limits).map_err(|e| Refusal::host(with_source(&e)))?;
     let out_of_memory = cgroup.take_out_of_memory();
     let entrance = cgroup.entrance().map_err(|e| Refusal::host(with_source(&e)))?;
@@ -113,7 +116,7 @@ pub(crate) fn spawn(
     let stderr_index = fds.add([stderr_end.as_fd()]);
     let slots = Slots {
         layers: fds.add(mounts.layers.iter().map(OwnedFd::as_fd)),
-        scratch: fds.add([mounts.scratch.as_fd()]),
+        scratch: fds.add([prepared.scratch()]),
         volumes: fds.add(mounts.volumes.iter().map(OwnedFd::as_fd)),
     };
     let payload = prepared.payload.as_ref().filter(|_| first).map(|payload| fds.add([payload.as_fd()]));
@@ -129,7 +132,7 @@ pub(crate) fn spawn(
     let plan = Plan {
         hostname: job.hostname.clone(),
         report: report_index,
-        steps: mount_steps(&prepared.mounts, slots),
+        steps: mount_steps(&prepared.mounts, slots, last),
         ids: means.ids,
         program: Program {
             cgroup: program_cgroup,
@@ -147,10 +150,10 @@ pub(crate) fn spawn(
             stdio: [stdin_index, stdout_index, stderr_index],
         },
     };
-    let Started { init, mounts } = means
+    let Started { init, mounts, handed_back } = means
         .start(&plan, &fds.0)
         .map_err(|e| Refusal::host(format!("the launcher could not start a sandbox: {}", e.desc())))?;
-    Ok(Running { init, mounts, report, stdout, stderr, out_of_memory, cgroup })
+    Ok(Running { init, mounts, handed_back, report, stdout, stderr, out_of_memory, cgroup })
 }
 
 fn indices<'a>(fds: &mut FdList<'a>, tasks: &[BorrowedFd<'a>]) -> Vec<FdIndex> {

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
 use hutch_proto::{Captured, Limits, OutputOverflow};
-use hutch_sandbox_sys::{RECORD_BYTES, Record, process};
+use hutch_sandbox_sys::{HandedBack, RECORD_BYTES, Record, process};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::Interest;
@@ -45,6 +45,8 @@ pub(crate) struct Exited {
     pub(crate) dead_ns: u64,
     /// Its cgroup and its mount namespace, to be taken down when nobody waits.
     pub(crate) remains: (JobCgroup, OwnedFd),
+    /// Where the scratch file system comes back for the next step.
+    pub(crate) handed_back: HandedBack,
 }
 
 /// What came over the report pipe.
@@ -123,7 +125,7 @@ pub(crate) async fn supervise(
     cancel: &CancellationToken,
     observer: &dyn Observer,
 ) -> io::Result<Exited> {
-    let Running { init, mounts, report, stdout, stderr, out_of_memory, cgroup } = running;
+    let Running { init, mounts, handed_back, report, stdout, stderr, out_of_memory, cgroup } = running;
     let now = Instant::now();
     let [report, stdout, stderr] = [watched(report)?, watched(stdout)?, watched(stderr)?];
     let memory = out_of_memory.map(watched).transpose()?;
@@ -171,7 +173,7 @@ pub(crate) async fn supervise(
     watch.read_records(&report)?;
     while watch.read_output(&stdout, Stream::Stdout)? == Flow::More {}
     while watch.read_output(&stderr, Stream::Stderr)? == Flow::More {}
-    Ok(watch.finish(dead_ns, mounts))
+    Ok(watch.finish(dead_ns, mounts, handed_back))
 }
 
 /// What a pipe still has.
@@ -393,7 +395,7 @@ impl Watch<'_> {
         Ok(Flow::More)
     }
 
-    fn finish(mut self, dead_ns: u64, mounts: OwnedFd) -> Exited {
+    fn finish(mut self, dead_ns: u64, mounts: OwnedFd, handed_back: HandedBack) -> Exited {
         self.note_disk();
         let readings = self.cgroup.readings();
         Exited {
@@ -406,6 +408,7 @@ impl Watch<'_> {
             stderr: self.stderr.done(),
             dead_ns,
             remains: (self.cgroup, mounts),
+            handed_back,
         }
     }
 }

@@ -11,6 +11,7 @@
 //! read where it lies.
 
 mod files;
+mod overlay;
 pub(crate) mod parked;
 mod program;
 mod receive;
@@ -32,6 +33,7 @@ use crate::process::{
 };
 use crate::record::{Record, Stage};
 use crate::{Errno, Result};
+use overlay::OverlayApi;
 use receive::Mailbox;
 
 /// The most bytes of passwd and group that are read.
@@ -51,11 +53,13 @@ pub(crate) struct Workspace {
     stack: Stack,
     argv: Vec<*const libc::c_char>,
     envp: Vec<*const libc::c_char>,
+    overlays: OverlayApi,
 }
 
 impl Workspace {
     pub(crate) fn new() -> Self {
         Self {
+            overlays: OverlayApi::find(),
             mailbox: Mailbox::new(),
             database: vec![0; MAX_DATABASE],
             stack: Stack::new(STACK_KIB),
@@ -73,6 +77,8 @@ impl Workspace {
 /// A sandbox whose order is there.
 pub(crate) struct Sandbox<'a> {
     order: Order<'a>,
+    socket: BorrowedFd<'a>,
+    overlays: OverlayApi,
     fds: &'a [RawFd],
     report: BorrowedFd<'a>,
     userns: BorrowedFd<'a>,
@@ -133,7 +139,8 @@ pub(crate) fn init(
     ids: IdRange,
     filter: &[Instruction],
 ) -> ! {
-    let Workspace { mailbox, database, stack, argv, envp } = workspace;
+    let Workspace { mailbox, database, stack, argv, envp, overlays } = workspace;
+    let overlays = *overlays;
     let prepared = begin().map_err(Failure::at(Stage::Launch)).and_then(|()| parked::prepare(ids, stack));
     // Without an order there is nobody to tell anything.
     let Ok(Some((bytes, fds))) = mailbox.receive(socket) else { exit_now(1) };
@@ -141,7 +148,8 @@ pub(crate) fn init(
     let Ok(report) = fd_of(fds, order.report) else { exit_now(1) };
     let started = prepared.and_then(|userns| {
         let userns = lasting(userns);
-        let mut sandbox = Sandbox { order, fds, report, userns, filter, database, argv, envp };
+        let mut sandbox =
+            Sandbox { order, socket, overlays, fds, report, userns, filter, database, argv, envp };
         start(&mut sandbox, stack, ids)
     });
     let code = match started {
@@ -245,14 +253,20 @@ fn wait_for(report: BorrowedFd<'_>, program: Pid) -> libc::c_int {
 }
 
 /// A line of text in a fixed space.
-pub(crate) struct Line {
-    bytes: [u8; 128],
+pub(crate) struct Line<const SPACE: usize = 128> {
+    bytes: [u8; SPACE],
     length: usize,
 }
 
 impl Line {
     pub(crate) fn new() -> Self {
-        Self { bytes: [0; 128], length: 0 }
+        Self::empty()
+    }
+}
+
+impl<const SPACE: usize> Line<SPACE> {
+    pub(crate) fn empty() -> Self {
+        Self { bytes: [0; SPACE], length: 0 }
     }
 
     pub(crate) fn as_bytes(&self) -> &[u8] {
@@ -262,15 +276,20 @@ impl Line {
     pub(crate) fn as_cstr(&self) -> Result<&CStr> {
         CStr::from_bytes_until_nul(&self.bytes).map_err(|_| Errno::ENAMETOOLONG)
     }
-}
 
-impl core::fmt::Write for Line {
-    fn write_str(&mut self, text: &str) -> core::fmt::Result {
+    /// Adds bytes; ENAMETOOLONG if there is no room.
+    pub(crate) fn push(&mut self, text: &[u8]) -> Result<()> {
         let end = self.length + text.len();
         // One byte stays free for the NUL.
-        let space = self.bytes.get_mut(self.length..end).filter(|_| end < 128).ok_or(core::fmt::Error)?;
-        space.copy_from_slice(text.as_bytes());
+        let space = self.bytes.get_mut(self.length..end).filter(|_| end < SPACE);
+        space.ok_or(Errno::ENAMETOOLONG)?.copy_from_slice(text);
         self.length = end;
         Ok(())
+    }
+}
+
+impl<const SPACE: usize> core::fmt::Write for Line<SPACE> {
+    fn write_str(&mut self, text: &str) -> core::fmt::Result {
+        self.push(text.as_bytes()).map_err(|_| core::fmt::Error)
     }
 }

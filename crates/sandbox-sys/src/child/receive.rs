@@ -1,4 +1,4 @@
-//! Taking an order from the socket, into space that was made before: unix(7), cmsg(3).
+//! Taking an order from the socket, into space that was made before, and giving a descriptor back: unix(7), cmsg(3).
 //!
 //! The other end is [`Channel::send`](crate::channel::Channel::send): a byte that says where the body is, then the
 //! body, or nothing if the body is in a memfd that travels as the last descriptor.
@@ -92,6 +92,39 @@ impl Mailbox {
             self.fds.push(unsafe { place.read_unaligned() });
         }
     }
+}
+
+/// Sends a descriptor back over the socket, as [`Channel::receive`](crate::channel::Channel::receive) reads it: a message
+/// without a body.
+pub(super) fn give(socket: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> Result<()> {
+    use nix::sys::socket::MsgFlags;
+    let mut kind = [INLINE];
+    let mut part = libc::iovec { iov_base: kind.as_mut_ptr().cast(), iov_len: kind.len() };
+    // Room for a header and one descriptor, aligned as cmsg(3) wants.
+    let mut control = [0_u64; 4];
+    // SAFETY: an all-zero msghdr is valid.
+    let mut message: libc::msghdr = unsafe { core::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    // SAFETY: CMSG_SPACE only computes.
+    message.msg_controllen = unsafe { libc::CMSG_SPACE(4) } as usize;
+    // SAFETY: the control buffer has room for a header.
+    let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    // SAFETY: it is not null, since there is room, and lies in the control buffer.
+    let place = unsafe { &mut *header };
+    place.cmsg_level = libc::SOL_SOCKET;
+    place.cmsg_type = libc::SCM_RIGHTS;
+    // SAFETY: CMSG_LEN only computes.
+    place.cmsg_len = unsafe { libc::CMSG_LEN(4) } as usize;
+    // SAFETY: the data lies behind its header, with room for one descriptor.
+    let data = unsafe { libc::CMSG_DATA(header) }.cast::<RawFd>();
+    // SAFETY: as above; the data need not be aligned for writing so.
+    unsafe { data.write_unaligned(fd.as_raw_fd()) };
+    let flags = (MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT).bits();
+    // SAFETY: `message` names one part and one control buffer, both alive.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) };
+    Errno::result(sent).map(drop)
 }
 
 /// The bytes of a memfd, in memory for the rest of this process's life.

@@ -8,13 +8,15 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::Mode;
 
 use super::files::{Owner, RESOLVE, make_directory};
+use super::overlay::{self, Parts};
+use super::receive::give;
 use super::{Failure, Sandbox, parked};
 use crate::mount::{
-    NODEV, NOSUID, NewFilesystem, RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, attach, clone_tree, open_beneath,
-    relocate, restrict,
+    RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, attach, clone_tree, open_beneath, relocate, restrict,
 };
-use crate::order::{List, StepRef, TextRef};
+use crate::order::StepRef;
 use crate::record::Stage;
+use crate::tinyroot;
 use crate::{Errno, Result};
 
 /// What init holds while it builds.
@@ -45,8 +47,12 @@ impl Site<'_> {
     fn perform(&mut self, step: StepRef<'_>) -> Result<()> {
         match step {
             StepRef::Attach { mount, target } => attach(self.sandbox.fd(mount)?, AT_FDCWD, target.get()?),
+            StepRef::HandBack { source } => {
+                give(self.sandbox.socket, clone_tree(AT_FDCWD, source.get()?)?.as_fd())
+            }
             StepRef::Overlay { lowers, upper, work, target } => {
-                self.overlay(lowers, upper.get()?, work.get()?, target.get()?)
+                let parts = Parts { lowers, upper: upper.get()?, work: work.get()? };
+                self.overlay(parts, target.get()?)
             }
             StepRef::Directory { inside, mode } => {
                 make_directory(self.root()?, inside.get()?, mode, self.owner).map(drop)
@@ -80,33 +86,19 @@ impl Site<'_> {
         }
     }
 
-    fn overlay(
-        &mut self,
-        lowers: List<'_, TextRef<'_>>,
-        upper: &CStr,
-        work: &CStr,
-        target: &CStr,
-    ) -> Result<()> {
-        let overlay = NewFilesystem::open(c"overlay")?;
-        overlay.set(c"source", c"hutch")?;
-        // An id of its own for each file system costs an xattr; kernels before 6.6 do not have the choice.
-        let _ = overlay.set(c"uuid", c"null");
-        for lower in lowers {
-            overlay.set(c"lowerdir+", lower?.get()?)?;
-        }
-        overlay.set(c"upperdir", upper)?;
-        overlay.set(c"workdir", work)?;
-        let mount = overlay.mount(NOSUID | NODEV)?;
+    /// Mounts an overlay: the first one is the sandbox's root, the others are in it.
+    fn overlay(&mut self, parts: Parts<'_>, target: &CStr) -> Result<()> {
         match &self.root {
             None => {
-                attach(mount.as_fd(), AT_FDCWD, target)?;
+                overlay::mount_at(self.sandbox.overlays, parts, target)?;
                 let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
                 self.root = Some(openat(AT_FDCWD, target, flags, Mode::empty())?);
                 Ok(())
             }
             Some(_) => {
+                overlay::mount_at(self.sandbox.overlays, parts, tinyroot::TREE)?;
                 let place = make_directory(self.root()?, target, 0o755, self.owner)?;
-                attach(mount.as_fd(), place.as_fd(), c"")
+                relocate(tinyroot::TREE, place.as_fd())
             }
         }
     }

@@ -162,8 +162,8 @@ impl Cgroups {
         for hierarchy in &self.hierarchies {
             for home in children(&hierarchy.parent) {
                 let name = home.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-                let Some(identity) = name.strip_prefix(HOME_PREFIX) else { continue };
-                if is_alive(identity) {
+                let identity = name.strip_prefix(HOME_PREFIX).filter(|_| name != LEAF);
+                if identity.is_none_or(is_alive) {
                     continue;
                 }
                 for job in children(&home) {

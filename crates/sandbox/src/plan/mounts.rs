@@ -47,8 +47,8 @@ fn overlay(number: usize, lowers: Vec<String>, target: &str) -> Step {
     }
 }
 
-/// The steps, in order.
-pub(crate) fn steps(plan: &MountPlan, slots: Slots) -> Vec<Step> {
+/// The steps, in order. `last` if no other program of the job needs the scratch file system after this one.
+pub(crate) fn steps(plan: &MountPlan, slots: Slots, last: bool) -> Vec<Step> {
     let index =
         |first: FdIndex, offset: usize| first + FdIndex::try_from(offset).unwrap_or(FdIndex::MAX - first);
     let mut steps = Vec::new();
@@ -56,6 +56,9 @@ pub(crate) fn steps(plan: &MountPlan, slots: Slots) -> Vec<Step> {
         steps.push(Step::Attach { mount: index(slots.layers, place), target: path(format!("/l/{place}")) });
     }
     steps.push(Step::Attach { mount: slots.scratch, target: c"/s".into() });
+    if !last {
+        steps.push(Step::HandBack { source: c"/s".into() });
+    }
     steps.push(overlay(0, (0..plan.layers).rev().map(|layer| format!("/l/{layer}")).collect(), "/n"));
     for (number, (tree, above)) in plan.trees.iter().enumerate() {
         let mut lowers: Vec<_> = above.iter().rev().map(|layer| format!("/l/{layer}{tree}")).collect();

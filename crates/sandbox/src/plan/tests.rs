@@ -52,7 +52,7 @@ fn the_mounts_are_steps_in_order() {
     };
     insta::assert_debug_snapshot!(
         "mounts",
-        mount_steps(&mounts, Slots { layers: 4, scratch: 8, volumes: 9 })
+        mount_steps(&mounts, Slots { layers: 4, scratch: 8, volumes: 9 }, false)
     );
 }
 
