@@ -32,24 +32,28 @@ const MAX_LINES: usize = 600;
 
 /// Everything; the first broken rule ends it.
 pub(crate) fn run() -> anyhow::Result<()> {
-    imports()?;
+    imports(&metadata()?)?;
     let mut files = Vec::new();
     for dir in ["proto", "crates", "services", "tests", "xtask"] {
         rust_files(Path::new(dir), &mut files)?;
     }
     for file in &files {
-        let text = fs::read_to_string(file)?;
-        let shown = file.display();
-        let unsafe_lines = text.lines().filter(|line| has_unsafe(line)).count();
-        if unsafe_lines > 0 && !file.starts_with(UNSAFE_HOME) {
-            bail!("{shown}: unsafe code belongs in {UNSAFE_HOME}");
-        }
-        let lines = text.lines().count();
-        if lines > MAX_LINES {
-            bail!("{shown}: {lines} lines; a file has at most {MAX_LINES}");
-        }
+        source(file, &fs::read_to_string(file)?)?;
     }
     eprintln!("architecture: {} files are where they belong", files.len());
+    Ok(())
+}
+
+/// What holds for one file.
+fn source(file: &Path, text: &str) -> anyhow::Result<()> {
+    let shown = file.display();
+    if text.lines().any(has_unsafe) && !file.starts_with(UNSAFE_HOME) {
+        bail!("{shown}: unsafe code belongs in {UNSAFE_HOME}");
+    }
+    let lines = text.lines().count();
+    if lines > MAX_LINES {
+        bail!("{shown}: {lines} lines; a file has at most {MAX_LINES}");
+    }
     Ok(())
 }
 
@@ -60,12 +64,16 @@ fn has_unsafe(line: &str) -> bool {
         && !code.contains('"')
 }
 
-fn imports() -> anyhow::Result<()> {
+fn metadata() -> anyhow::Result<Value> {
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--no-deps", "--format-version", "1"])
         .output()
         .context("cargo metadata")?;
-    let metadata: Value = serde_json::from_slice(&output.stdout)?;
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// Who imports whom, tests too, by what cargo knows of the workspace.
+fn imports(metadata: &Value) -> anyhow::Result<()> {
     let packages = metadata["packages"].as_array().context("cargo metadata has no packages")?;
     for package in packages {
         let name = package["name"].as_str().unwrap_or_default();
@@ -99,6 +107,36 @@ fn rust_files(dir: &Path, files: &mut Vec<PathBuf>) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_import_that_is_not_allowed_is_named() {
+        let using = |name: &str, used: &str, kind: Value| {
+            let dependency = serde_json::json!({"name": used, "kind": kind});
+            imports(&serde_json::json!({"packages": [{"name": name, "dependencies": [dependency]}]}))
+        };
+        for (name, used, kind) in [
+            ("hutch-gateway", "hutch-sandbox", Value::Null),
+            ("hutch-proto", "hutch-queue", "dev".into()),
+            ("hutch-sandbox-sys", "hutch-proto", "build".into()),
+            ("hutch-new", "serde", Value::Null),
+        ] {
+            let broken = using(name, used, kind).expect_err(name).to_string();
+            assert!(broken.starts_with(name), "{broken}");
+        }
+        using("hutch-gateway", "hutch-queue", Value::Null).expect("allowed");
+        using("hutch-proto", "serde", Value::Null).expect("not ours");
+        imports(&metadata().expect("cargo metadata")).expect("this workspace");
+    }
+
+    #[test]
+    fn a_file_that_breaks_a_rule_is_named() {
+        let check = |path: &str, text: &str| source(Path::new(path), text).map_err(|error| error.to_string());
+        let here = "fn f() { unsafe { g() } }\n";
+        assert_eq!(check("crates/sandbox-sys/src/a.rs", here), Ok(()));
+        assert!(check("crates/queue/src/a.rs", here).expect_err("unsafe").contains("crates/queue/src/a.rs"));
+        let long = "\n".repeat(MAX_LINES + 1);
+        assert!(check("proto/src/a.rs", &long).expect_err("long").contains("601 lines"));
+    }
 
     #[test]
     fn unsafe_code_is_seen_and_talk_of_it_is_not() {

@@ -1,18 +1,20 @@
 //! Fresh sandboxes beside a bare spawn and beside bubblewrap, interleaved in one run.
 //!
 //! In order: a root file system with one static program is made; each round runs that program once
-//! in each way; at the end each way's median, 99th percentile and ratio to the bare spawn are printed, and how many
-//! a second there are with two at a time. `cargo xtask bench` builds and runs this.
+//! in each way; at the end each way's median, 99th percentile and ratio to the bare spawn are printed, the median with
+//! all that is taken down afterwards, and how many a second there are with two at a time, taken down each. Then where
+//! the engine's time goes. `cargo xtask bench` builds and runs this.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::Parser;
 use hutch_proto::{JobSpec, Status};
-use hutch_sandbox::{Engine, EngineConfig, Launcher, Order, Remains, Unobserved};
+use hutch_sandbox::{Durations, Engine, EngineConfig, Launcher, Order, Remains, Unobserved};
 use tokio_util::sync::CancellationToken;
 
 #[derive(Parser)]
@@ -35,52 +37,96 @@ struct Args {
 /// One way of running the program.
 struct Way {
     name: &'static str,
+    /// To the answer.
     times: Vec<Duration>,
-    rate: f64,
+    /// Until everything is taken down, and the next is prepared.
+    whole: Vec<Duration>,
+    rate: Option<f64>,
 }
 
 impl Way {
     fn new(name: &'static str) -> Self {
-        Self { name, times: Vec::new(), rate: 0.0 }
+        Self { name, times: Vec::new(), whole: Vec::new(), rate: None }
+    }
+}
+
+fn percentile<T: Ord + Copy + Default>(values: &[T], percent: usize) -> T {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable();
+    let last = sorted.len().saturating_sub(1);
+    sorted.get(last * percent / 100).copied().unwrap_or_default()
+}
+
+/// An engine, and where its time goes.
+struct Hutch {
+    runtime: tokio::runtime::Runtime,
+    engine: Engine,
+    root: PathBuf,
+    durations: Mutex<Vec<Durations>>,
+}
+
+impl Hutch {
+    fn new(launcher: Launcher, data: PathBuf, root: &Path, prepare_ahead: bool) -> anyhow::Result<Self> {
+        let mut config = EngineConfig::new(data);
+        config.slots = 2;
+        config.layer_dirs = vec![root.to_owned()];
+        config.prepare_ahead = prepare_ahead;
+        Ok(Self {
+            engine: Engine::new(launcher, config)?,
+            runtime: tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?,
+            root: root.to_owned(),
+            durations: Mutex::default(),
+        })
     }
 
-    fn percentile(&self, percent: usize) -> Duration {
-        let mut sorted = self.times.clone();
-        sorted.sort_unstable();
-        let last = sorted.len().saturating_sub(1);
-        sorted.get(last * percent / 100).copied().unwrap_or_default()
+    /// A job in a task of its own, as a worker's slot runs it.
+    fn run(&self, slot: u32) -> anyhow::Result<Option<Remains>> {
+        let spec = serde_json::json!({
+            "layers": [format!("dir:{}", self.root.display())], "command": ["/bin/true"], "cwd": "/",
+        });
+        let job = JobSpec::parse(spec.to_string().as_bytes())?;
+        let engine = self.engine.clone();
+        let order = Order { job, slot, cancel: CancellationToken::new() };
+        let task = self.runtime.spawn(async move { engine.run(order, &Unobserved).await });
+        let report = self.runtime.block_on(task)?;
+        if report.status != Status::Succeeded {
+            bail!("{}: {}", report.status, report.message);
+        }
+        self.durations.lock().unwrap_or_else(PoisonError::into_inner).push(report.durations);
+        Ok(report.remains)
     }
 }
 
 fn main() -> anyhow::Result<()> {
     // First of all, while there is one thread.
-    let launcher = Launcher::fork()?;
+    let launchers = [Launcher::fork()?, Launcher::fork()?];
     let args = Args::parse();
     let dir = tempfile::tempdir()?;
     let root = root_file_system(dir.path(), &args.busybox)?;
-    let mut config = EngineConfig::new(dir.path().join("data"));
-    config.slots = 2;
-    config.layer_dirs = vec![root.clone()];
-    let engine = Engine::new(launcher, config)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let [ahead, in_line] = launchers;
+    let ahead = Hutch::new(ahead, dir.path().join("ahead"), &root, true)?;
+    let in_line = Hutch::new(in_line, dir.path().join("in-line"), &root, false)?;
     let bubblewrap = Command::new("bwrap").arg("--version").stdout(Stdio::null()).status().is_ok();
-    let mut ways = [Way::new("bare spawn"), Way::new("bubblewrap"), Way::new("hutch engine")];
+    let mut ways = ["bare spawn", "bubblewrap", "hutch engine", "nothing ahead"].map(Way::new);
     for _ in 0..args.rounds {
         timed(&mut ways[0], args.quiet_ms, || spawn(&root))?;
         if bubblewrap {
             timed(&mut ways[1], args.quiet_ms, || wrap(&root))?;
         }
-        timed(&mut ways[2], args.quiet_ms, || runtime.block_on(as_a_task(&engine, &root, 0)))?;
+        timed(&mut ways[2], args.quiet_ms, || ahead.run(0))?;
+        timed(&mut ways[3], args.quiet_ms, || in_line.run(0))?;
     }
+    let durations = std::mem::take(&mut *ahead.durations.lock().unwrap_or_else(PoisonError::into_inner));
     if args.sustained_s > 0 {
         let time = Duration::from_secs(args.sustained_s);
-        ways[0].rate = sustained(time, |_| spawn(&root))?;
+        ways[0].rate = Some(sustained(time, |_| spawn(&root))?);
         if bubblewrap {
-            ways[1].rate = sustained(time, |_| wrap(&root))?;
+            ways[1].rate = Some(sustained(time, |_| wrap(&root))?);
         }
-        ways[2].rate = sustained(time, |slot| runtime.block_on(as_a_task(&engine, &root, slot)))?;
+        ways[2].rate = Some(sustained(time, |slot| ahead.run(slot))?);
+        ways[3].rate = Some(sustained(time, |slot| in_line.run(slot))?);
     }
-    report(&ways, &args)
+    report(&ways, &durations, &args)
 }
 
 fn root_file_system(dir: &Path, busybox: &Path) -> anyhow::Result<PathBuf> {
@@ -102,6 +148,7 @@ fn timed<T>(way: &mut Way, quiet_ms: u64, run: impl FnOnce() -> anyhow::Result<T
     let remains = run()?;
     way.times.push(begun.elapsed());
     drop(remains);
+    way.whole.push(begun.elapsed());
     Ok(())
 }
 
@@ -145,43 +192,36 @@ fn run(command: &mut Command) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A job in a task of its own, as a worker's slot runs it.
-async fn as_a_task(engine: &Engine, root: &Path, slot: u32) -> anyhow::Result<Option<Remains>> {
-    let (engine, root) = (engine.clone(), root.to_owned());
-    tokio::spawn(async move { job(&engine, &root, slot).await }).await?
-}
-
-async fn job(engine: &Engine, root: &Path, slot: u32) -> anyhow::Result<Option<Remains>> {
-    let spec = serde_json::json!({"layers": [format!("dir:{}", root.display())], "command": ["/bin/true"], "cwd": "/"});
-    let job = JobSpec::parse(spec.to_string().as_bytes())?;
-    let report = engine.run(Order { job, slot, cancel: CancellationToken::new() }, &Unobserved).await;
-    if report.status != Status::Succeeded {
-        bail!("{}: {}", report.status, report.message);
-    }
-    Ok(report.remains)
-}
-
-fn report(ways: &[Way], args: &Args) -> anyhow::Result<()> {
+fn report(ways: &[Way], durations: &[Durations], args: &Args) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    let bare = ways[0].percentile(50).as_secs_f64();
-    writeln!(out, "{} rounds, {} ms of quiet between runs", args.rounds, args.quiet_ms)?;
+    writeln!(out, "{} rounds, {} ms of quiet between runs; microseconds", args.rounds, args.quiet_ms)?;
     writeln!(
         out,
-        "{:<14} {:>10} {:>10} {:>8} {:>10} {:>8}",
-        "", "p50 us", "p99 us", "p50 / bare", "per second", "/ bare"
+        "{:<14} {:>8} {:>8} {:>10} {:>12} {:>12}",
+        "", "p50", "p99", "p50 / bare", "p50 + down", "per second"
     )?;
+    let bare = percentile(&ways[0].times, 50).as_secs_f64();
     for way in ways.iter().filter(|way| !way.times.is_empty()) {
-        let (middle, high) = (way.percentile(50), way.percentile(99));
+        let middle = percentile(&way.times, 50);
         writeln!(
             out,
-            "{:<14} {:>10} {:>10} {:>8.2} {:>10.0} {:>8.2}",
+            "{:<14} {:>8} {:>8} {:>10.2} {:>12} {:>12}",
             way.name,
             middle.as_micros(),
-            high.as_micros(),
+            percentile(&way.times, 99).as_micros(),
             middle.as_secs_f64() / bare,
-            way.rate,
-            way.rate / ways[0].rate,
+            percentile(&way.whole, 50).as_micros(),
+            way.rate.map_or_else(|| "-".to_owned(), |rate| format!("{rate:.0}")),
         )?;
     }
+    let part = |of: fn(&Durations) -> u64| percentile(&durations.iter().map(of).collect::<Vec<_>>(), 50);
+    writeln!(
+        out,
+        "of the engine's: set-up {}, the program {}, its tree's end {}, collecting {}",
+        part(|d| d.setup_us),
+        part(|d| d.run_us),
+        part(|d| d.teardown_us),
+        part(|d| d.collect_us),
+    )?;
     Ok(())
 }

@@ -21,6 +21,9 @@ pub struct EngineConfig {
     pub limits: LimitPolicy,
     /// Up to this `disk_bytes` what a job writes lives in memory.
     pub scratch_memory_bytes: u64,
+    /// Whether what is the same for every job is made before it is asked for: an init in its namespaces, and a cgroup, each
+    /// used once. It costs a process for each slot, and makes the answer come sooner.
+    pub prepare_ahead: bool,
     /// How many entries of outputs are listed at most.
     pub max_output_files: usize,
     /// How many bytes of files go into the archive at most.
@@ -39,6 +42,7 @@ impl EngineConfig {
             layer_dirs: Vec::new(),
             limits: LimitPolicy::default(),
             scratch_memory_bytes: 256 << 20,
+            prepare_ahead: true,
             max_output_files: 10_000,
             max_archive_bytes: 256 << 20,
         }

@@ -290,6 +290,9 @@ impl Drop for Remains {
         self.prepared = None;
         self.cgroups.clear();
         let inner = &*self.engine.0;
+        if !inner.config.prepare_ahead {
+            return;
+        }
         inner.cgroups.make_spare(inner.config.slots as usize);
         if let Some(ids) = inner.ids.of(self.slot) {
             inner.parked.refill(&inner.launcher, ids);
