@@ -6,8 +6,8 @@ use std::fmt;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-/// The highest uid or gid that exists in a sandbox: its user namespace maps 0..=65535.
-pub const MAX_ID: u32 = 65_535;
+/// The highest uid or gid that exists in a sandbox: its user namespace maps 0..=65534.
+pub const MAX_ID: u32 = 65_534;
 
 /// `name`, `uid`, `uid:gid` or `name:group`, to be looked up in the sandbox's own `/etc/passwd`
 /// and `/etc/group` (passwd(5), group(5)).

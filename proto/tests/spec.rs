@@ -105,7 +105,7 @@ const BAD: &[(&str, &[&str])] = &[
     (r#"{"layers": ["host"], "cwd": "box"}"#, &["cwd", "absolute"]),
     (r#"{"layers": ["host"], "cwd": "/a/../.."}"#, &["cwd", ".."]),
     (r#"{"layers": ["host"], "user": ""}"#, &["user", "empty"]),
-    (r#"{"layers": ["host"], "user": "70000"}"#, &["user", "65535"]),
+    (r#"{"layers": ["host"], "user": "70000"}"#, &["user", "65534"]),
     (r#"{"layers": ["host"], "user": "a b"}"#, &["user", "letters"]),
     (r#"{"layers": ["host"], "stdin": {}}"#, &["stdin", "one of `text`, `base64`, `blob`"]),
     (r#"{"layers": ["host"], "stdin": {"text": "", "base64": ""}}"#, &["stdin", "only one"]),

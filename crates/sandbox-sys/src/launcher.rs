@@ -23,7 +23,7 @@ use crate::bpf::Instruction;
 use crate::channel::Channel;
 use crate::child::Workspace;
 use crate::child::parked::{open_namespace, user_namespace};
-use crate::plan::{IdRange, Plan};
+use crate::plan::{IdRange, Plan, RootIs};
 use crate::process::{Cloned, clone_process, exit_now, flags, forget_arguments, reset_signals};
 use crate::tinyroot::{self, OldRoot};
 use crate::{Errno, Result, child};
@@ -33,8 +33,8 @@ enum Request {
     /// Clone an init that prepares itself and waits for its order; the answer's descriptors are a pidfd of it, its
     /// mount namespace, and the socket for the order.
     Park(IdRange),
-    /// Make a user namespace with this map; the answer's descriptor is the namespace.
-    Userns(IdRange),
+    /// Make a user namespace that maps these ids so; the answer's descriptor is the namespace.
+    Userns(IdRange, RootIs),
     /// Remove these cgroups at the end; one descriptor each, of the directory they lie in.
     Cgroups(Vec<String>),
 }
@@ -145,12 +145,12 @@ impl Launcher {
         Ok(Parked { init, mounts, socket: Channel::new(socket) })
     }
 
-    /// A user namespace with this id map, for showing the owners of layers.
+    /// A user namespace that maps these ids, for showing the owners of layers and volumes.
     ///
     /// # Errors
     /// EPERM or ENOSPC if the host forbids user namespaces; EPIPE if the launcher is gone.
-    pub fn userns(&self, ids: IdRange) -> Result<OwnedFd> {
-        let answer = self.request(Some(&Request::Userns(ids)), &[])?;
+    pub fn userns(&self, ids: IdRange, root: RootIs) -> Result<OwnedFd> {
+        let answer = self.request(Some(&Request::Userns(ids, root)), &[])?;
         answer.into_iter().next().ok_or(Errno::EBADMSG)
     }
 
@@ -300,9 +300,9 @@ impl Service {
     fn perform(&mut self, body: &[u8], fds: Vec<OwnedFd>) -> Result<Vec<OwnedFd>> {
         match postcard::from_bytes(body).map_err(|_| Errno::EBADMSG)? {
             Request::Park(ids) => self.park(ids),
-            Request::Userns(ids) => {
+            Request::Userns(ids, root) => {
                 let proc_dir = self.old_root.proc_dir.as_fd();
-                user_namespace(proc_dir, ids, self.workspace.stack()).map(|userns| vec![userns])
+                user_namespace(proc_dir, ids, root, self.workspace.stack()).map(|userns| vec![userns])
             }
             Request::Cgroups(names) if names.len() == fds.len() => {
                 self.cgroups = fds.into_iter().zip(names).collect();

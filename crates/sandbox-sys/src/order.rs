@@ -152,7 +152,8 @@ pub(crate) struct ProgramRef<'a> {
     pub(crate) set_user: bool,
     #[serde(borrow)]
     pub(crate) rlimits: List<'a, Rlimit>,
-    pub(crate) stdio: [FdIndex; 3],
+    pub(crate) stdin: Option<FdIndex>,
+    pub(crate) outputs: [FdIndex; 2],
 }
 
 /// How the program enters its cgroup.
@@ -211,7 +212,8 @@ mod tests {
                 set_home: true,
                 set_user: false,
                 rlimits: vec![Rlimit { resource: 7, soft: u64::MAX, hard: 1 }],
-                stdio: [1, 2, 3],
+                stdin: Some(1),
+                outputs: [2, 3],
             },
         }
     }
@@ -242,7 +244,8 @@ mod tests {
         assert_eq!(texts(program.argv), ["a", ""]);
         assert_eq!(texts(program.candidates), ["/bin/a"]);
         assert_eq!(texts(program.env), ["A=b"]);
-        assert_eq!((program.set_home, program.set_user, program.stdio), (true, false, [1, 2, 3]));
+        assert_eq!((program.set_home, program.set_user, program.stdin), (true, false, Some(1)));
+        assert_eq!(program.outputs, [2, 3]);
         assert_eq!(program.rlimits.collect::<Result<Vec<_>>>(), Ok(plan().program.rlimits));
         let file = program.files.clone().next().expect("file").expect("file");
         assert_eq!((file.path.get(), file.offset, file.length, file.mode), (Ok(c"/f"), 1 << 40, 5, 0o644));

@@ -78,8 +78,28 @@ pub struct Plan {
 pub struct IdRange {
     /// The host's id that is 0 inside.
     pub base: u32,
-    /// How many.
+    /// How many. The id right above them is the sandbox's init's, and nobody's inside.
     pub count: u32,
+}
+
+/// Who the root of a map is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RootIs {
+    /// The first id of the range, as all others follow.
+    Root,
+    /// Nobody, on either side: what root owns on disk belongs to no user of the sandbox, and what the sandbox's root
+    /// makes belongs to nobody (65534) on disk.
+    Nobody,
+}
+
+impl IdRange {
+    /// The id of the sandbox's init, which is nobody's inside: to a job's root, init is a stranger. It also owns the
+    /// program's user namespace, so that what the kernel counts for each user (inotify(7), pending signals) is counted
+    /// for this sandbox alone.
+    #[must_use]
+    pub fn init_id(self) -> u32 {
+        self.base + self.count
+    }
 }
 
 /// One step of building the file system. Paths that begin with `/l`, `/s` and `/n` are in the
@@ -177,8 +197,10 @@ pub struct Program {
     /// Resource limits.
     #[serde(serialize_with = "as_list")]
     pub rlimits: Vec<Rlimit>,
-    /// Descriptors that become 0, 1 and 2.
-    pub stdio: [FdIndex; 3],
+    /// Descriptor that becomes 0; the sandbox's own `/dev/null` if none.
+    pub stdin: Option<FdIndex>,
+    /// Descriptors that become 1 and 2.
+    pub outputs: [FdIndex; 2],
 }
 
 /// How a program enters its cgroup.

@@ -370,6 +370,15 @@ pub(crate) fn set_ids(uid: u32, gid: u32) -> Result<()> {
     check(answer).map(drop)
 }
 
+/// Sets the effective user alone, so that it can be set back: setresuid(2), on this thread alone. Capabilities are out
+/// of effect while it is not root.
+pub(crate) fn set_effective_user(uid: u32) -> Result<()> {
+    const AS_IT_IS: u32 = u32::MAX;
+    // SAFETY: integers only. The raw call acts on this thread, the only one.
+    let answer = unsafe { libc::syscall(libc::SYS_setresuid, AS_IT_IS, uid, AS_IT_IS) };
+    check(answer).map(drop)
+}
+
 /// Sets the supplementary groups: setgroups(2).
 pub(crate) fn set_groups(groups: &[libc::gid_t]) -> Result<()> {
     // SAFETY: pointer and length are those of one slice.

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use hutch_proto::{Captured, JobSpec, Reason, StepResult, Timeline, Timestamp, Usage};
-use hutch_sandbox_sys::{CgroupHome, Launcher as RawLauncher};
+use hutch_sandbox_sys::{CgroupHome, IdRange, Launcher as RawLauncher, RootIs};
 use tokio_util::sync::CancellationToken;
 
 use crate::cgroup::{Cgroups, GroupWatch, JobCgroup, Readings};
@@ -21,7 +21,7 @@ use crate::host::{self, IdRanges};
 use crate::hostlayer::HostLayer;
 use crate::observe::{Observer, SlotGauges, Stream};
 use crate::plan::{Abilities, JobPlan, StepPlan};
-use crate::prepare::{DiskUse, Prepared, volumes_dir};
+use crate::prepare::{DiskUse, OwnerMaps, Prepared, volumes_dir};
 use crate::refusal::Refusal;
 use crate::report::{Durations, Report};
 use crate::spawn::{Means, ParkedInits, spawn, with_source};
@@ -79,11 +79,30 @@ struct Inner {
     abilities: Abilities,
     host: Option<HostLayer>,
     ids: IdRanges,
-    userns: Vec<OwnedFd>,
-    dev_null: OwnedFd,
+    owner_maps: Vec<SlotMaps>,
     parked: ParkedInits,
     reaped: u64,
     gauges: Mutex<BTreeMap<u32, LiveGroup>>,
+}
+
+/// User namespaces through whose maps a slot's sandboxes see owners.
+#[derive(Debug)]
+struct SlotMaps {
+    all: OwnedFd,
+    stranger_root: OwnedFd,
+}
+
+impl SlotMaps {
+    fn make(launcher: &RawLauncher, ids: IdRange) -> hutch_sandbox_sys::Result<Self> {
+        Ok(Self {
+            all: launcher.userns(ids, RootIs::Root)?,
+            stranger_root: launcher.userns(ids, RootIs::Nobody)?,
+        })
+    }
+
+    fn borrowed(&self) -> OwnerMaps<'_> {
+        OwnerMaps { all: self.all.as_fd(), stranger_root: self.stranger_root.as_fd() }
+    }
 }
 
 /// A running step's cgroup, as the gauges see it.
@@ -132,9 +151,9 @@ impl Engine {
             None
         };
         let ids = IdRanges::take(config.slots).map_err(|e| failed("cannot take ids for the slots", &e))?;
-        let userns = (0..config.slots)
+        let owner_maps = (0..config.slots)
             .filter_map(|slot| ids.of(slot))
-            .map(|range| launcher.userns(range))
+            .map(|range| SlotMaps::make(&launcher, range))
             .collect::<Result<Vec<_>, _>>()
             .map_err(|e| {
                 EngineError(format!(
@@ -142,12 +161,10 @@ impl Engine {
                     e.desc()
                 ))
             })?;
-        let dev_null =
-            std::fs::File::open("/dev/null").map_err(|e| failed("cannot open /dev/null", &e))?.into();
         let abilities = Abilities {
             processors: cgroups.processors().map(|list| crate::plan::processors(&list)),
             swap: cgroups.limits_swap(),
-            max_open_files: host::max_open_files(),
+            hard_limits: host::hard_limits(),
         };
         Ok(Self(Arc::new(Inner {
             launcher,
@@ -156,8 +173,7 @@ impl Engine {
             abilities,
             host,
             ids,
-            userns,
-            dev_null,
+            owner_maps,
             parked: ParkedInits::default(),
             reaped,
             gauges: Mutex::new(BTreeMap::new()),
@@ -189,7 +205,8 @@ impl Engine {
         course: &mut Course,
     ) -> Result<Prepared, Refusal> {
         let inner = &*self.0;
-        let ids = inner.ids.of(order.slot).ok_or_else(|| Refusal::host("there is no such slot"))?;
+        let no_slot = || Refusal::host("there is no such slot");
+        let ids = inner.ids.of(order.slot).ok_or_else(no_slot)?;
         let mut prepared = Prepared::new(plan, &inner.config, inner.host.as_ref(), ids)?;
         let told = AtomicBool::new(false);
         for (number, step) in plan.steps.iter().enumerate() {
@@ -197,8 +214,11 @@ impl Engine {
                 launcher: &inner.launcher,
                 parked: &inner.parked,
                 cgroups: &inner.cgroups,
-                userns: inner.userns[order.slot as usize].as_fd(),
-                dev_null: inner.dev_null.as_fd(),
+                owner_maps: inner
+                    .owner_maps
+                    .get(order.slot as usize)
+                    .map(SlotMaps::borrowed)
+                    .ok_or_else(no_slot)?,
                 ids,
             };
             // Two overlays on one upper directory must not be mounted at one time.
@@ -208,7 +228,7 @@ impl Engine {
             if !told.swap(true, Ordering::Relaxed) {
                 observer.started();
             }
-            let exited = supervise(running, &step.limits, &step.name, &prepared, &order.cancel, observer)
+            let exited = supervise(running, step, course.kept(), &prepared, &order.cancel, observer)
                 .await
                 .map_err(|e| Refusal::host(format!("lost sight of a sandbox: {e}")))?;
             let handed_back = exited.handed_back.take();
@@ -383,6 +403,14 @@ impl Course {
             usage: Usage::default(),
             remains: Remains { mounts: Vec::new(), prepared: None, cgroups: Vec::new(), engine, slot },
         }
+    }
+
+    /// Bytes of stdout and stderr that are kept of the steps so far.
+    fn kept(&self) -> (u64, u64) {
+        let sum = |of: fn(&StepResult) -> &Captured| {
+            self.steps.iter().map(|step| of(step).data.len() as u64).sum::<u64>()
+        };
+        (sum(|step| &step.stdout), sum(|step| &step.stderr))
     }
 
     /// Takes in a step that is over; true if the next one is to run.

@@ -28,7 +28,7 @@ pub(crate) fn explain(record: Record, plan: &JobPlan, step: &StepPlan) -> Result
         Stage::Cwd => {
             let cwd =
                 step.cwd.as_ref().map_or("the user's home".into(), |cwd| cwd.as_cstr().to_string_lossy());
-            Err(Refusal::spec("cwd", format!("cannot make or enter {cwd}: {what}")))
+            Err(Refusal::spec(&step.cwd_path, format!("cannot make or enter {cwd}: {what}")))
         }
         Stage::Volume => {
             let target = plan.volumes.get(index).map_or("?", |volume| &volume.target);
@@ -64,21 +64,17 @@ fn exec(errno: Errno, step: &StepPlan) -> Result<Verdict, Refusal> {
         Errno::ENOEXEC => {
             format!("cannot be run: {program} is neither a binary of this machine nor a script with #!")
         }
-        Errno::ELOOP
-        | Errno::ENAMETOOLONG
-        | Errno::ELIBBAD
-        | Errno::EINVAL
-        | Errno::ETXTBSY
-        | Errno::EPERM => {
-            format!("cannot be run: {program}: {}", errno.desc())
-        }
         Errno::E2BIG => {
             return Err(Refusal::spec(
                 "command",
                 "arguments and environment together are too long for this kernel",
             ));
         }
-        other => return Err(Refusal::host(format!("cannot run {program}: {}", other.desc()))),
+        // What the host may have run out of; all else is said by the file, such as EIO by one that ends too early.
+        Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE => {
+            return Err(Refusal::host(format!("cannot run {program}: {}", errno.desc())));
+        }
+        other => format!("cannot be run: {program}: {}", other.desc()),
     };
     let reason = Reason::CommandNotFound;
     Ok(Verdict {

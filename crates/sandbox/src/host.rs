@@ -7,9 +7,16 @@ use hutch_sandbox_sys::IdRange;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
 
-/// The most open files that this process may allow: RLIMIT_NOFILE.
-pub(crate) fn max_open_files() -> u64 {
-    getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(_, hard)| hard)
+use crate::plan::HardLimits;
+
+/// The resource limits that this process can give at most.
+pub(crate) fn hard_limits() -> HardLimits {
+    let hard = |resource| getrlimit(resource).map_or(u64::MAX, |(_, hard)| hard);
+    HardLimits {
+        open_files: hard(Resource::RLIMIT_NOFILE),
+        stack_bytes: hard(Resource::RLIMIT_STACK),
+        core_bytes: hard(Resource::RLIMIT_CORE),
+    }
 }
 
 /// Ids of the host that no other sandbox on it has, one range for each slot.
@@ -23,6 +30,7 @@ pub(crate) struct IdRanges {
 /// First id, count of a range, and how many ranges there are: all below 0x7000_0000, above which
 /// systemd has uses for ids.
 const FIRST_ID: u32 = 0x3000_0000;
+/// Ids of a range: those that a sandbox sees, and its init's.
 const IDS: u32 = 0x1_0000;
 const RANGES: u32 = 0x4000;
 
@@ -39,7 +47,7 @@ impl IdRanges {
                 break;
             }
             if lock_byte(&locks, range) {
-                ranges.push(IdRange { base: FIRST_ID + range * IDS, count: IDS });
+                ranges.push(IdRange { base: FIRST_ID + range * IDS, count: IDS - 1 });
             }
         }
         if ranges.len() < slots as usize {

@@ -36,8 +36,23 @@ const OWN_INODES_PER_OVERLAY: u64 = 4;
 struct Shown {
     dir: OwnedFd,
     read_only: bool,
-    /// Whether its owners are shown through the sandbox's ids.
-    mapped: bool,
+    owners: Owners,
+}
+
+/// How the owners of what is shown appear in a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owners {
+    /// Every id as it is on disk.
+    All,
+    /// As on disk, but root is nobody on either side.
+    StrangerRoot,
+}
+
+/// User namespaces whose maps show owners.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct OwnerMaps<'a> {
+    pub(crate) all: BorrowedFd<'a>,
+    pub(crate) stranger_root: BorrowedFd<'a>,
 }
 
 /// Where one overlay's changes are.
@@ -99,7 +114,7 @@ impl Prepared {
                 LayerSource::Dir(path) => open_layer(path, index, config)?,
                 LayerSource::Host => open_skeleton(host)?,
             };
-            shown.push(Shown { dir, read_only: true, mapped: true });
+            shown.push(Shown { dir, read_only: true, owners: Owners::All });
             places.push(index);
         }
         let layers = shown.len();
@@ -130,9 +145,9 @@ impl Prepared {
     }
 
     /// Fresh mounts for one step.
-    pub(crate) fn step_mounts(&self, userns: BorrowedFd<'_>) -> Result<StepMounts, Refusal> {
+    pub(crate) fn step_mounts(&self, maps: OwnerMaps<'_>) -> Result<StepMounts, Refusal> {
         let failed = |e: Errno| Refusal::host(format!("cannot mount the job's layers: {}", e.desc()));
-        let all = |shown: &[Shown]| shown.iter().map(|one| one.mount(userns)).collect::<Result<Vec<_>, _>>();
+        let all = |shown: &[Shown]| shown.iter().map(|one| one.mount(maps)).collect::<Result<Vec<_>, _>>();
         Ok(StepMounts {
             layers: all(&self.shown).map_err(failed)?,
             volumes: all(&self.volumes).map_err(failed)?,
@@ -163,15 +178,17 @@ impl Prepared {
 }
 
 impl Shown {
-    fn mount(&self, userns: BorrowedFd<'_>) -> hutch_sandbox_sys::Result<OwnedFd> {
+    fn mount(&self, maps: OwnerMaps<'_>) -> hutch_sandbox_sys::Result<OwnedFd> {
         let mount = clone_tree(self.dir.as_fd(), c"")?;
-        if self.mapped {
-            // A file system without idmapped mounts shows the owners as nobody; what everybody may read
-            // still serves.
-            match map_owners(mount.as_fd(), userns) {
-                Err(Errno::EINVAL | Errno::EOPNOTSUPP) => {}
-                other => other?,
-            }
+        let map = match self.owners {
+            Owners::All => maps.all,
+            Owners::StrangerRoot => maps.stranger_root,
+        };
+        // A file system without idmapped mounts shows the owners as nobody; what everybody may read
+        // still serves.
+        match map_owners(mount.as_fd(), map) {
+            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => {}
+            other => other?,
         }
         restrict(mount.as_fd(), NOSUID | NODEV | if self.read_only { RDONLY } else { 0 })?;
         Ok(mount)
@@ -240,7 +257,7 @@ fn open_trees(
         }
         let dir = open_path(Path::new(tree))
             .map_err(|e| Refusal::host(format!("cannot open the host's {tree}: {}", e.desc())))?;
-        shown.push(Shown { dir, read_only: true, mapped: true });
+        shown.push(Shown { dir, read_only: true, owners: Owners::All });
         trees.push((tree.clone(), above));
     }
     Ok(trees)
@@ -257,11 +274,10 @@ fn open_volume(volume: &VolumePlan, index: usize, config: &EngineConfig) -> Resu
     };
     match &volume.source {
         VolumeSource::HostPath(path) => {
-            // Owners are not mapped: to the host's files a job is a stranger.
             let resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS;
             let dir = open_allowed(Path::new(path), &config.allowed_host_paths, resolve)
                 .map_err(|e| failed(path, e))?;
-            Ok(Shown { dir, read_only: volume.read_only, mapped: false })
+            Ok(Shown { dir, read_only: volume.read_only, owners: Owners::StrangerRoot })
         }
         VolumeSource::Named(name) => {
             let open = || -> Result<OwnedFd, Errno> {
@@ -285,7 +301,7 @@ fn open_volume(volume: &VolumePlan, index: usize, config: &EngineConfig) -> Resu
                 open_beneath(home.as_fd(), &name, libc::O_PATH | libc::O_DIRECTORY, 0, resolve)
             };
             let dir = open().map_err(|e| failed(name, e))?;
-            Ok(Shown { dir, read_only: volume.read_only, mapped: true })
+            Ok(Shown { dir, read_only: volume.read_only, owners: Owners::All })
         }
     }
 }

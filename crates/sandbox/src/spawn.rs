@@ -8,12 +8,13 @@ use hutch_sandbox_sys::{
 };
 use std::sync::{Mutex, PoisonError};
 
+use hutch_proto::Limits;
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 
 use crate::cgroup::{Cgroups, Entrance, JobCgroup};
 use crate::plan::{JobPlan, Slots, mount_steps, rlimits};
-use crate::prepare::{Prepared, sealed};
+use crate::prepare::{OwnerMaps, Prepared, sealed};
 use crate::refusal::Refusal;
 
 /// A sandbox whose init lives.
@@ -32,7 +33,13 @@ pub(crate) struct Running {
     /// Readable when memory ran out, where the kernel leaves it to us to kill the rest.
     pub(crate) out_of_memory: Option<OwnedFd>,
     pub(crate) cgroup: JobCgroup,
+    /// Bytes of the job's memory that are charged elsewhere.
+    pub(crate) carried_bytes: u64,
 }
+
+/// The least memory that a group is given: below that the kernel cannot run a program in it.
+const LEAST_MEMORY: u64 = 1 << 20;
+const PAGE: u64 = 4096;
 
 /// The descriptors that travel with a plan, in order.
 #[derive(Default)]
@@ -53,8 +60,7 @@ pub(crate) struct Means<'a> {
     pub(crate) launcher: &'a Launcher,
     pub(crate) parked: &'a ParkedInits,
     pub(crate) cgroups: &'a Cgroups,
-    pub(crate) userns: BorrowedFd<'a>,
-    pub(crate) dev_null: BorrowedFd<'a>,
+    pub(crate) owner_maps: OwnerMaps<'a>,
     pub(crate) ids: IdRange,
 }
 
@@ -100,10 +106,15 @@ pub(crate) fn spawn(
 ) -> Result<Running, Refusal> {
     let step = job.steps.get(number).ok_or_else(|| Refusal::host("there is no such step"))?;
     let (first, last) = (number == 0, number + 1 == job.steps.len());
-    let mut cgroup = means.cgroups.take(&step.limits).map_err(|e| Refusal::host(with_source(&e)))?;
+    let carried_bytes = carried(job, prepared, first);
+    let limits = Limits {
+        memory_bytes: step.limits.memory_bytes.saturating_sub(carried_bytes).max(LEAST_MEMORY),
+        ..step.limits.clone()
+    };
+    let mut cgroup = means.cgroups.take(&limits).map_err(|e| Refusal::host(with_source(&e)))?;
     let out_of_memory = cgroup.take_out_of_memory();
     let entrance = cgroup.entrance().map_err(|e| Refusal::host(with_source(&e)))?;
-    let mounts = prepared.step_mounts(means.userns)?;
+    let mounts = prepared.step_mounts(means.owner_maps)?;
     let stdin = if step.stdin.is_empty() { None } else { Some(sealed(&[&step.stdin])?) };
     let (report, report_end) = pipe()?;
     let (stdout, stdout_end) = output_pipe()?;
@@ -111,7 +122,7 @@ pub(crate) fn spawn(
 
     let mut fds = FdList::default();
     let report_index = fds.add([report_end.as_fd()]);
-    let stdin_index = fds.add([stdin.as_ref().map_or(means.dev_null, OwnedFd::as_fd)]);
+    let stdin_index = stdin.as_ref().map(|stdin| fds.add([stdin.as_fd()]));
     let stdout_index = fds.add([stdout_end.as_fd()]);
     let stderr_index = fds.add([stderr_end.as_fd()]);
     let slots = Slots {
@@ -147,13 +158,23 @@ pub(crate) fn spawn(
             set_home: step.set_home,
             set_user: step.set_user,
             rlimits: rlimits(&step.limits),
-            stdio: [stdin_index, stdout_index, stderr_index],
+            stdin: stdin_index,
+            outputs: [stdout_index, stderr_index],
         },
     };
     let Started { init, mounts, handed_back } = means
         .start(&plan, &fds.0)
         .map_err(|e| Refusal::host(format!("the launcher could not start a sandbox: {}", e.desc())))?;
-    Ok(Running { init, mounts, handed_back, report, stdout, stderr, out_of_memory, cgroup })
+    Ok(Running { init, mounts, handed_back, report, stdout, stderr, out_of_memory, cgroup, carried_bytes })
+}
+
+/// What the job has in memory before this step's group counts anything: files that are written for it, by a process
+/// whose memory is still init's, and what earlier steps wrote, each of which was charged to a group of its own.
+fn carried(job: &JobPlan, prepared: &Prepared, first: bool) -> u64 {
+    if first {
+        return job.files.iter().map(|file| (file.bytes.len() as u64).next_multiple_of(PAGE)).sum();
+    }
+    prepared.disk_use().bytes
 }
 
 fn indices<'a>(fds: &mut FdList<'a>, tasks: &[BorrowedFd<'a>]) -> Vec<FdIndex> {

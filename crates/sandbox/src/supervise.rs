@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cgroup::{JobCgroup, Readings};
 use crate::observe::{Observer, Stream};
+use crate::plan::StepPlan;
 use crate::prepare::{DiskUse, Prepared};
 use crate::spawn::Running;
 use crate::verdict::Cause;
@@ -57,34 +58,42 @@ pub(crate) struct Records {
     pub(crate) ended: Option<(i32, u64)>,
 }
 
-/// Output that is kept up to a limit.
+/// How many bytes of each stream are held in memory for one job, all its steps together, whatever its limits are: more
+/// is in no result.
+pub(crate) const MOST_KEPT: u64 = 16 << 20;
+
+/// Output that is passed on up to the step's limit, and kept up to what is left of the job's share of memory.
 #[derive(Debug)]
 struct Capture {
     kept: Vec<u8>,
     bytes: u64,
-    limit: usize,
+    limit: u64,
+    most_kept: u64,
 }
 
 impl Capture {
-    fn new(limit: u64) -> Self {
-        Self { kept: Vec::new(), bytes: 0, limit: usize::try_from(limit).unwrap_or(usize::MAX) }
+    fn new(limit: u64, most_kept: u64) -> Self {
+        Self { kept: Vec::new(), bytes: 0, limit, most_kept: most_kept.min(limit) }
     }
 
-    /// Takes what came and returns the part that is kept.
+    /// Takes what came and returns the part that is within the limit.
     fn take<'b>(&mut self, bytes: &'b [u8]) -> &'b [u8] {
-        let room = self.limit.saturating_sub(self.kept.len());
-        let kept = &bytes[..bytes.len().min(room)];
-        self.kept.extend_from_slice(kept);
+        let first = |most: u64, taken: u64| {
+            let room = usize::try_from(most.saturating_sub(taken)).unwrap_or(usize::MAX);
+            &bytes[..bytes.len().min(room)]
+        };
+        self.kept.extend_from_slice(first(self.most_kept, self.kept.len() as u64));
+        let within = first(self.limit, self.bytes);
         self.bytes += bytes.len() as u64;
-        kept
+        within
     }
 
     fn overflowed(&self) -> bool {
-        self.bytes > self.kept.len() as u64
+        self.bytes > self.limit
     }
 
     fn done(self) -> Captured {
-        let truncated = self.overflowed();
+        let truncated = self.bytes > self.kept.len() as u64;
         Captured { data: self.kept, bytes: self.bytes, truncated }
     }
 }
@@ -96,6 +105,7 @@ struct Watch<'a> {
     observer: &'a dyn Observer,
     init: AsyncFd<OwnedFd>,
     cgroup: JobCgroup,
+    carried_bytes: u64,
     prepared: &'a Prepared,
     records: Records,
     stdout: Capture,
@@ -103,6 +113,8 @@ struct Watch<'a> {
     cause: Option<Cause>,
     /// When SIGTERM's grace is over.
     kill_at: Option<Instant>,
+    /// SIGKILL is on its way.
+    ending: bool,
     setup_until: Instant,
     wall_until: Option<Instant>,
     look_at: Option<Instant>,
@@ -113,19 +125,21 @@ struct Watch<'a> {
     disk: DiskUse,
 }
 
-/// Watches a step until its last process is dead.
+/// Watches a step until its last process is dead. `kept_before` is what the job's earlier steps keep in memory of their
+/// stdout and stderr.
 ///
 /// # Errors
 /// If the descriptors cannot be watched; the sandbox is dead then too, by their closing and the launcher.
 pub(crate) async fn supervise(
     running: Running,
-    limits: &Limits,
-    step: &str,
+    StepPlan { limits, name: step, .. }: &StepPlan,
+    kept_before: (u64, u64),
     prepared: &Prepared,
     cancel: &CancellationToken,
     observer: &dyn Observer,
 ) -> io::Result<Exited> {
-    let Running { init, mounts, handed_back, report, stdout, stderr, out_of_memory, cgroup } = running;
+    let Running { init, mounts, handed_back, report, stdout, stderr, out_of_memory, cgroup, carried_bytes } =
+        running;
     let now = Instant::now();
     let [report, stdout, stderr] = [watched(report)?, watched(stdout)?, watched(stderr)?];
     let memory = out_of_memory.map(watched).transpose()?;
@@ -135,12 +149,14 @@ pub(crate) async fn supervise(
         observer,
         init: watched(init)?,
         cgroup,
+        carried_bytes,
         prepared,
         records: Records::default(),
-        stdout: Capture::new(limits.stdout_bytes),
-        stderr: Capture::new(limits.stderr_bytes),
+        stdout: Capture::new(limits.stdout_bytes, MOST_KEPT.saturating_sub(kept_before.0)),
+        stderr: Capture::new(limits.stderr_bytes, MOST_KEPT.saturating_sub(kept_before.1)),
         cause: None,
         kill_at: None,
+        ending: false,
         setup_until: now + SETUP_LIMIT,
         wall_until: None,
         look_at: None,
@@ -164,15 +180,15 @@ pub(crate) async fn supervise(
                 open[2] = settle(ready?, watch.read_output(&stderr, Stream::Stderr)?);
             }
             () = out_of_memory_event(memory.as_ref()), if memory_open => { memory_open = false; watch.memory_ran_out() }
-            () = cancel.cancelled(), if watch.cause.is_none() => watch.kill(Cause::Requested),
+            () = cancel.cancelled(), if watch.may_be_called_off() => watch.kill(Cause::Requested),
             () = tokio::time::sleep_until(next) => watch.look(),
         }
     }
     let dead_ns = process::monotonic_ns();
-    // Every writer is dead: what is left in the pipes is all there will be.
+    // Every process of this sandbox is dead: what is left in the pipes is all that it wrote.
     watch.read_records(&report)?;
-    while watch.read_output(&stdout, Stream::Stdout)? == Flow::More {}
-    while watch.read_output(&stderr, Stream::Stderr)? == Flow::More {}
+    watch.drain(&stdout, Stream::Stdout)?;
+    watch.drain(&stderr, Stream::Stderr)?;
     Ok(watch.finish(dead_ns, mounts, handed_back))
 }
 
@@ -240,8 +256,7 @@ impl Watch<'_> {
     fn look(&mut self) {
         let now = Instant::now();
         if self.kill_at.is_some_and(|at| at <= now) {
-            self.kill_at = None;
-            self.signal(libc::SIGKILL);
+            self.end();
         }
         if self.records.started_ns.is_none() && self.setup_until <= now {
             self.kill_now(Cause::Setup);
@@ -257,7 +272,7 @@ impl Watch<'_> {
             self.usage_at = now + USAGE_EVERY;
             self.note_disk();
             if self.records.started_ns.is_some() {
-                let readings = self.cgroup.readings();
+                let readings = self.readings();
                 self.observer.usage(&crate::engine::usage(&readings, self.running_ms(), self.disk));
             }
         }
@@ -310,10 +325,17 @@ impl Watch<'_> {
         let _ = process::signal(self.init.get_ref().as_fd(), signal);
     }
 
-    /// Kills for a cause, with the grace that the limits give.
+    /// Whether a wish to cancel makes a difference still.
+    fn may_be_called_off(&self) -> bool {
+        !self.ending && self.cause != Some(Cause::Requested)
+    }
+
+    /// Kills for a cause, with the grace that the limits give. A second cause ends the grace of the first.
     fn kill(&mut self, cause: Cause) {
-        if self.cause.is_some() {
-            return;
+        match self.cause {
+            Some(first) if first != cause => return self.end(),
+            Some(_) => return,
+            None => {}
         }
         if self.limits.kill_grace_ms == 0 || self.records.started_ns.is_none() {
             self.kill_now(cause);
@@ -328,6 +350,12 @@ impl Watch<'_> {
         if self.cause.is_none() {
             self.cause = Some(cause);
         }
+        self.end();
+    }
+
+    fn end(&mut self) {
+        self.kill_at = None;
+        self.ending = true;
         self.signal(libc::SIGKILL);
     }
 
@@ -395,9 +423,34 @@ impl Watch<'_> {
         Ok(Flow::More)
     }
 
+    /// Reads what is left in a pipe, which is no more than it holds: its other end may have been handed to a process
+    /// of another sandbox, over a socket in a shared volume, and that one may write for ever.
+    fn drain(&mut self, pipe: &AsyncFd<OwnedFd>, stream: Stream) -> io::Result<()> {
+        let capacity = fcntl(pipe.get_ref(), FcntlArg::F_GETPIPE_SZ)?;
+        let begun = self.captured(stream);
+        while self.captured(stream) - begun < u64::try_from(capacity).unwrap_or(0)
+            && self.read_output(pipe, stream)? == Flow::More
+        {}
+        Ok(())
+    }
+
+    /// What the kernel counted, and what it counted elsewhere.
+    fn readings(&self) -> Readings {
+        let mut readings = self.cgroup.readings();
+        readings.memory_peak_bytes += self.carried_bytes;
+        readings
+    }
+
+    fn captured(&self, stream: Stream) -> u64 {
+        match stream {
+            Stream::Stdout => self.stdout.bytes,
+            Stream::Stderr => self.stderr.bytes,
+        }
+    }
+
     fn finish(mut self, dead_ns: u64, mounts: OwnedFd, handed_back: HandedBack) -> Exited {
         self.note_disk();
-        let readings = self.cgroup.readings();
+        let readings = self.readings();
         Exited {
             cause: self.cause,
             records: self.records,

@@ -10,6 +10,9 @@ use nix::sys::signal::Signal;
 
 use crate::cgroup::Readings;
 
+/// Microseconds for which a limit on the processor may hold set-up back before it is to blame for its length.
+const MOST_HELD_BACK_US: u64 = 10_000_000;
+
 /// Why the tree was killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Cause {
@@ -146,6 +149,14 @@ fn limit_hit(limits: &Limits, seen: &Observed) -> Option<Finding> {
         Some(Cause::Requested) => {
             return Some((Some(Reason::Requested), "cancelled on request".to_owned(), None));
         }
+        // The program's process writes the job's files, and is held back as the program would be.
+        Some(Cause::Setup) if seen.readings.throttled_us > MOST_HELD_BACK_US => {
+            let message = format!(
+                "limits.cpu_millis: {} is too little to write the job's files and begin",
+                limits.cpu_millis
+            );
+            return Some((Some(Reason::SpecInvalid), message, None));
+        }
         Some(Cause::Setup) => {
             return Some((Some(Reason::HostError), "the sandbox was not ready in time".to_owned(), None));
         }
@@ -227,6 +238,15 @@ mod tests {
         assert_eq!(reason(&seen(Some(End::Exited(137)))), Some(Reason::NonzeroExit));
         let verdict = decide(&limits(), &seen(Some(End::Signaled(libc::SIGSEGV))));
         assert_eq!((verdict.reason, verdict.signal.as_deref()), (Some(Reason::Signal), Some("SIGSEGV")));
+    }
+
+    #[test]
+    fn set_up_that_a_limit_held_back_is_no_fault_of_the_host() {
+        let mut seen = seen(None);
+        seen.cause = Some(Cause::Setup);
+        assert_eq!(reason(&seen), Some(Reason::HostError));
+        seen.readings.throttled_us = 59_000_000;
+        assert_eq!(reason(&seen), Some(Reason::SpecInvalid));
     }
 
     #[test]

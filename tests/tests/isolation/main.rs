@@ -5,6 +5,7 @@
 
 mod calls;
 mod host;
+mod shared;
 mod view;
 
 use std::sync::OnceLock;

@@ -9,6 +9,19 @@ pub(crate) fn rows() -> Vec<Row> {
     [not_found(), found()].into_iter().flatten().collect()
 }
 
+/// A binary that names its interpreter at this place of the file: elf(5).
+fn elf_naming(at: u32) -> Spec {
+    let make = format!(
+        "import os, struct\n\
+         head = b'\\x7fELF\\x02\\x01\\x01' + bytes(9) + struct.pack('<HHIQQQIHHHHHH', 2, 62, 1, 0, 64, 0, 0, 64, 56, 1, 0, 0, 0)\n\
+         open('/box/x', 'wb').write(head + struct.pack('<IIQQQQQQ', 3, 4, {at}, 0, 0, 9, 9, 1) + bytes(100))\n\
+         os.chmod('/box/x', 0o755)"
+    );
+    let all =
+        json!([{"name": "make", "command": ["python3", "-c", make]}, {"name": "run", "command": ["/box/x"]}]);
+    steps(all).set("cwd", json!("/box"))
+}
+
 fn not_found() -> Vec<Row> {
     let refused = |name: &str, spec: Spec, words: &[&str]| {
         row(name, spec).refused(Reason::CommandNotFound, words).stdout("").stderr("")
@@ -36,6 +49,8 @@ fn not_found() -> Vec<Row> {
             file("#!/no/such/interpreter\n", "0755"),
             &["/box/x", "interpreter"],
         ),
+        refused("a binary that ends before its interpreter's name", elf_naming(4000), &["/box/x"]),
+        refused("a binary whose interpreter's name is empty", elf_naming(0), &["/box/x"]),
         refused("an interpreter that is a directory", file("#!/usr\n", "0755"), &["/box/x"]),
         refused("neither binary nor script", file("echo hello\n", "0755"), &["/box/x", "#!"]),
         refused("an empty file", file("", "0755"), &["/box/x"]),

@@ -3,7 +3,7 @@
 use hutch_proto::Reason;
 use serde_json::json;
 
-use crate::row::{MIB, Row, Spec, holds, probe, py, row, same, sh, sh_probe};
+use crate::row::{MIB, Row, Spec, holds, probe, py, row, same, sh, sh_probe, steps};
 
 /// What these programs may have.
 const ALLOWED: u64 = 64 * MIB;
@@ -61,7 +61,7 @@ fn too_much_rows() -> Vec<Row> {
         .usage("wall_time_ms", 0..=15_000),
         row(
             "memory in a later step",
-            crate::row::steps(json!([
+            steps(json!([
                 {"name": "small", "command": ["true"]},
                 {"name": "large", "command": ["python3", "-c", "x = bytearray(300 << 20)"],
                  "limits": {"memory_bytes": ALLOWED}},
@@ -70,6 +70,23 @@ fn too_much_rows() -> Vec<Row> {
         )
         .out_of_memory(ALLOWED)
         .check(|result| same("steps", &result.steps.len(), &2)),
+        row(
+            "memory by files, a part in each step",
+            steps(json!([
+                {"name": "a", "command": ["sh", "-c", "head -c 40000000 /dev/zero > /tmp/a"]},
+                {"name": "b", "command": ["sh", "-c", "head -c 40000000 /dev/zero > /tmp/b"]},
+            ]))
+            .limits(json!({"memory_bytes": ALLOWED})),
+        )
+        .out_of_memory(ALLOWED)
+        .check(|result| same("steps", &result.steps.len(), &2)),
+        row(
+            "memory by the files that came with the job",
+            limited(probe("map 40"))
+                .file("/box/large", &"x".repeat(7_000_000), "0644")
+                .limits(json!({"memory_bytes": 44 * MIB})),
+        )
+        .out_of_memory(44 * MIB),
     ]
 }
 

@@ -67,6 +67,11 @@ fn a_job_that_is_called_off_has_its_grace() {
     let result =
         cancelled_by(Signal::SIGINT, &shell("trap '' TERM; sleep 100", json!({"kill_grace_ms": 500})));
     assert_eq!((result.status, result.signal.as_deref()), (Status::Cancelled, Some("SIGKILL")), "{result:?}");
+    // A grace that runs already is no reason not to hear.
+    let limits = json!({"wall_time_ms": 300, "kill_grace_ms": 100_000});
+    let result = cancelled_by(Signal::SIGINT, &shell("trap '' TERM; sleep 100", limits));
+    assert_eq!(result.reason, Some(Reason::WallTime), "{result:?}");
+    assert!(result.usage.wall_time_ms < 30_000, "{result:?}");
 }
 
 /// A cgroup of v1's memory controller below this process's own; removed with it.
@@ -161,7 +166,10 @@ fn what_hutch_was_started_with_is_not_the_program_s() {
     let script = "umask 077; exec 7< /etc/passwd 8< /; cd /tmp; export SECRET=secret; exec \"$@\"";
     let result = run_from(
         script,
-        &shell("umask; ls /proc/$$/fd | wc -l; pwd; env | grep -c SECRET; touch x; stat -c %a x", json!({})),
+        &shell(
+            "umask; (ls /proc/$$/fd > fds); wc -l < fds; pwd; env | grep -c SECRET; touch x; stat -c %a x",
+            json!({}),
+        ),
     );
     assert_eq!(
         String::from_utf8_lossy(&result.stdout.data),

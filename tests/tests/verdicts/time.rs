@@ -167,6 +167,14 @@ fn grace() -> Vec<Row> {
         .having_exited(0)
         .stdout("bye\n"),
         row(
+            "a grace that is used to compute on",
+            sh("trap '' TERM; while :; do :; done")
+                .limits(json!({"cpu_time_ms": 1500}))
+                .limits(graceful(60_000)),
+        )
+        .hits(Reason::WallTime, "wall_time_ms", 800, 800..=30_000)
+        .cpu_ms(1400..=8000),
+        row(
             "grace after idle time",
             sh("trap 'echo bye; exit 3' TERM; sleep 60 & wait")
                 .limits(json!({"idle_time_ms": 500, "kill_grace_ms": 20_000})),

@@ -221,9 +221,9 @@ fn retire(sandbox: &Sandbox<'_>) -> Result<()> {
     close_range(0, report.saturating_sub(1))?;
     close_range(report + 1, libc::c_uint::MAX)?;
     crate::process::set_groups(&[])?;
-    let base = sandbox.order.ids.base;
+    let own = sandbox.order.ids.init_id();
     prctl(libc::PR_SET_KEEPCAPS, 1, 0)?;
-    crate::process::set_ids(base, base)?;
+    crate::process::set_ids(own, own)?;
     keep_capabilities(CAP_KILL)?;
     // A change of ids takes it away: PR_SET_PDEATHSIG(2const).
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;

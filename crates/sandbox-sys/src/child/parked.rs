@@ -16,8 +16,8 @@ use nix::unistd::Pid;
 
 use super::{Failure, Line};
 use crate::mount::{NODEV, NOEXEC, NOSUID, NewFilesystem, RDONLY, attach, clone_tree, restrict};
-use crate::plan::IdRange;
-use crate::process::{Beside, Stack, flags, start_sharing};
+use crate::plan::{IdRange, RootIs};
+use crate::process::{Beside, Stack, flags, set_effective_user, start_sharing};
 use crate::record::Stage;
 use crate::{Errno, Result};
 
@@ -66,7 +66,7 @@ pub(super) fn prepare(ids: IdRange, stack: &mut Stack) -> core::result::Result<O
     isolate_network().map_err(Failure::at(Stage::Network))?;
     let proc_mount = mount_proc().map_err(Failure::at(Stage::Launch))?;
     mount_devices().map_err(Failure::at(Stage::Launch))?;
-    user_namespace(proc_mount.as_fd(), ids, stack).map_err(Failure::at(Stage::IdMap))
+    user_namespace(proc_mount.as_fd(), ids, RootIs::Root, stack).map_err(Failure::at(Stage::IdMap))
 }
 
 /// A new network namespace with loopback up and nothing else: netdevice(7).
@@ -122,16 +122,27 @@ fn mount_devices() -> Result<()> {
     terminals.set_flag(c"newinstance")?;
     terminals.set(c"ptmxmode", c"0666")?;
     terminals.set(c"mode", c"0620")?;
+    // The host has some thousands for all.
+    terminals.set(c"max", c"64")?;
     attach(terminals.mount(NOSUID | NOEXEC)?.as_fd(), tree.as_fd(), c"pts")
 }
 
 /// A user namespace with its ids mapped. A process is started for it, and let go once the namespace is held.
-pub(crate) fn user_namespace(proc_dir: BorrowedFd<'_>, ids: IdRange, stack: &mut Stack) -> Result<OwnedFd> {
+pub(crate) fn user_namespace(
+    proc_dir: BorrowedFd<'_>,
+    ids: IdRange,
+    root: RootIs,
+    stack: &mut Stack,
+) -> Result<OwnedFd> {
+    // Whoever makes it owns it.
+    set_effective_user(ids.init_id())?;
     // SAFETY: `sleep` does not return, writes nothing, and is dead before this function, and so the stack, is left.
     let pid =
-        unsafe { start_sharing(flags::NEWUSER, Beside::GoesOn, None, stack, sleep, core::ptr::null_mut()) }?;
-    let namespace = write_map(proc_dir, pid, "uid_map", ids)
-        .and_then(|()| write_map(proc_dir, pid, "gid_map", ids))
+        unsafe { start_sharing(flags::NEWUSER, Beside::GoesOn, None, stack, sleep, core::ptr::null_mut()) };
+    set_effective_user(0)?;
+    let pid = pid?;
+    let namespace = write_map(proc_dir, pid, "uid_map", ids, root)
+        .and_then(|()| write_map(proc_dir, pid, "gid_map", ids, root))
         .and_then(|()| open_namespace(proc_dir, pid, "user"));
     let pid = Pid::from_raw(pid);
     nix::sys::signal::kill(pid, Signal::SIGKILL)?;
@@ -148,11 +159,26 @@ extern "C" fn sleep(_: *mut libc::c_void) -> ! {
 }
 
 /// Writes a map of ids: user_namespaces(7).
-fn write_map(proc_dir: BorrowedFd<'_>, pid: libc::pid_t, name: &str, ids: IdRange) -> Result<()> {
+fn write_map(
+    proc_dir: BorrowedFd<'_>,
+    pid: libc::pid_t,
+    name: &str,
+    ids: IdRange,
+    root: RootIs,
+) -> Result<()> {
     let mut path = Line::new();
     write!(path, "{pid}/{name}").map_err(|_| Errno::ENAMETOOLONG)?;
     let mut map = Line::new();
-    writeln!(map, "0 {} {}", ids.base, ids.count).map_err(|_| Errno::ENAMETOOLONG)?;
+    let IdRange { base, count } = ids;
+    let written = match root {
+        RootIs::Root => writeln!(map, "0 {base} {count}"),
+        RootIs::Nobody => {
+            let last = count.saturating_sub(1);
+            let (own, first, others) = (ids.init_id(), base + 1, count.saturating_sub(2));
+            writeln!(map, "0 {own} 1\n1 {first} {others}\n{last} {base} 1")
+        }
+    };
+    written.map_err(|_| Errno::ENAMETOOLONG)?;
     let file = openat(proc_dir, path.as_cstr()?, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
     nix::unistd::write(&file, map.as_bytes()).map(drop)
 }

@@ -1,7 +1,7 @@
 //! The program's process, from its clone to exec.
 //!
 //! In order: cgroup and cgroup namespace; user namespace, whose ids are mapped already, and its root there; files; who the user is, with an entry and a home made where there are none; working
-//! directory; resource limits; descriptors; user; capabilities; seccomp; exec. All capabilities it
+//! directory; descriptors; resource limits; user; capabilities; seccomp; exec. All capabilities it
 //! has on the way are those of its own user namespace: a bind-mounted volume of the host is as
 //! closed to it as to any stranger.
 
@@ -60,12 +60,12 @@ fn prepare_and_exec(sandbox: &mut Sandbox<'_>) -> core::result::Result<core::con
     let owner = Owner { uid: identity.uid, gid: identity.gid };
     write_files(sandbox, root.as_fd(), |path| !is_database(path), owner)?;
     let cwd = open_cwd(sandbox, root.as_fd(), &identity).map_err(Failure::at(Stage::Cwd))?;
+    take_streams(sandbox, root.as_fd()).map_err(Failure::at(Stage::Stdio))?;
     for (index, limit) in sandbox.order.program.rlimits.enumerate() {
         limit
             .and_then(|limit| set_rlimit(limit.resource, limit.soft, limit.hard))
             .map_err(Failure::of(Stage::Rlimit, index))?;
     }
-    take_streams(sandbox).map_err(Failure::at(Stage::Stdio))?;
     confine(&identity).map_err(Failure::at(Stage::Confine))?;
     nix::unistd::fchdir(&cwd).map_err(Failure::at(Stage::Cwd))?;
     install_filter(sandbox.filter).map_err(Failure::at(Stage::Confine))?;
@@ -237,9 +237,16 @@ fn open_cwd(sandbox: &Sandbox<'_>, root: BorrowedFd<'_>, identity: &Identity) ->
 }
 
 /// Puts the program's streams at 0, 1 and 2; every other descriptor closes at exec.
-fn take_streams(sandbox: &Sandbox<'_>) -> Result<()> {
-    let [stdin, stdout, stderr] = sandbox.order.program.stdio;
-    nix::unistd::dup2_stdin(sandbox.fd(stdin)?)?;
+fn take_streams(sandbox: &Sandbox<'_>, root: BorrowedFd<'_>) -> Result<()> {
+    let [stdout, stderr] = sandbox.order.program.outputs;
+    match sandbox.order.program.stdin {
+        Some(stdin) => nix::unistd::dup2_stdin(sandbox.fd(stdin)?)?,
+        // Opened here, so that no two jobs share an open file.
+        None => {
+            let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+            nix::unistd::dup2_stdin(openat(root, c"dev/null", flags, Mode::empty())?)?;
+        }
+    }
     nix::unistd::dup2_stdout(sandbox.fd(stdout)?)?;
     nix::unistd::dup2_stderr(sandbox.fd(stderr)?)?;
     close_at_exec(3)

@@ -18,6 +18,7 @@ pub(super) const KEPT: &[(Controller, &str, Access)] = &[
     (Controller::Memory, "tasks", Access::Write),
     (Controller::Memory, "memory.limit_in_bytes", Access::Both),
     (Controller::Memory, "memory.memsw.limit_in_bytes", Access::Write),
+    (Controller::Memory, "memory.kmem.tcp.limit_in_bytes", Access::Write),
     (Controller::Memory, "memory.max_usage_in_bytes", Access::Read),
     (Controller::Memory, "memory.failcnt", Access::Read),
     (Controller::Memory, "memory.memsw.failcnt", Access::Read),
@@ -49,6 +50,10 @@ pub(super) fn settings(limits: &Limits, place: &Place) -> Vec<(&'static str, Str
                 if place.kept("memory.memsw.limit_in_bytes").is_some() {
                     let both = memory.saturating_add(limits.swap_bytes);
                     settings.push(("memory.memsw.limit_in_bytes", both.to_string()));
+                }
+                // What sockets hold is counted apart on v1, and only once there is a limit.
+                if place.kept("memory.kmem.tcp.limit_in_bytes").is_some() {
+                    settings.push(("memory.kmem.tcp.limit_in_bytes", memory.to_string()));
                 }
             }
             Controller::Pids => settings.push(("pids.max", limits.pids.to_string())),

@@ -85,24 +85,40 @@ impl ArchiveWriter {
         let mut header = header(entry, EntryType::Regular);
         header.set_size(size);
         let mut reader = HashingReader { inner: File::from(file).take(size), hash: Sha256::new() };
-        self.stream.append_data(&mut header, inner_path(entry), &mut reader)?;
-        self.entries += 1;
-        Ok(Some(reader.hash.finalize().into()))
+        let added = self.stream.append_data(&mut header, inner_path(entry), &mut reader);
+        Ok(self.count(added)?.then(|| reader.hash.finalize().into()))
     }
 
-    /// Adds a directory.
-    pub(super) fn add_dir(&mut self, entry: &Entry) -> io::Result<()> {
+    /// Adds a directory; false if it cannot be in a tar.
+    pub(super) fn add_dir(&mut self, entry: &Entry) -> io::Result<bool> {
         let mut header = header(entry, EntryType::Directory);
-        self.entries += 1;
-        self.stream.append_data(&mut header, inner_path(entry), io::empty())
+        let added = self.stream.append_data(&mut header, inner_path(entry), io::empty());
+        self.count(added)
     }
 
-    /// Adds a symbolic link, as it is.
-    pub(super) fn add_link(&mut self, entry: &Entry, target: &[u8]) -> io::Result<()> {
+    /// Adds a symbolic link, as it is; false if it cannot be in a tar.
+    pub(super) fn add_link(&mut self, entry: &Entry, target: &[u8]) -> io::Result<bool> {
         use std::os::unix::ffi::OsStrExt as _;
         let mut header = header(entry, EntryType::Symlink);
-        self.entries += 1;
-        self.stream.append_link(&mut header, inner_path(entry), std::ffi::OsStr::from_bytes(target))
+        let target = std::ffi::OsStr::from_bytes(target);
+        let added = self.stream.append_link(&mut header, inner_path(entry), target);
+        self.count(added)
+    }
+
+    /// Whether an entry is in the archive now. The builder refuses a header that it cannot write, such as one for a long
+    /// name that it cuts within a character, before it writes any of it.
+    fn count(&mut self, added: io::Result<()>) -> io::Result<bool> {
+        match added {
+            Ok(()) => {
+                self.entries += 1;
+                Ok(true)
+            }
+            Err(e) if e.raw_os_error().is_none() => {
+                tracing::debug!(error = %e, "an output is left out of the archive");
+                Ok(false)
+            }
+            Err(e) => Err(e),
+        }
     }
 
     /// The finished archive, its hash and size; none if it is empty.

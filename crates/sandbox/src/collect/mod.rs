@@ -9,6 +9,7 @@ mod walk;
 
 use std::fs::File;
 use std::io;
+use std::time::{Duration, Instant};
 
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use hutch_proto::{Archive, Digest, Mode, OutputFile, OutputKind, Outputs};
@@ -28,6 +29,13 @@ pub(crate) struct Collected {
     pub(crate) archive: Option<File>,
 }
 
+/// How many bytes the list of outputs may have in a result, about.
+const MAX_LISTED_BYTES: usize = 1_800_000;
+/// What an entry of the list has besides its path.
+const ENTRY_BYTES: usize = 160;
+/// How long reading may take, whatever a job left.
+const MOST_TIME: Duration = Duration::from_secs(60);
+
 /// Places that are the sandbox's own, not the job's.
 const OWN: [&str; 2] = ["/dev", "/proc"];
 
@@ -36,20 +44,27 @@ pub(crate) fn collect(plan: &JobPlan, prepared: &Prepared, config: &EngineConfig
     let globs = compile(&plan.globs)?;
     let mut archive = ArchiveWriter::new(&config.data_dir, config.max_archive_bytes)?;
     let mut outputs = Outputs::default();
-    for upper in &prepared.uppers {
+    let (begun, mut listed) = (Instant::now(), 0);
+    'uppers: for upper in &prepared.uppers {
         let mut walk = Walk::new(&upper.dir, &upper.prefix)?;
         while let Some(entry) = walk.next()? {
             let path = entry.shown_path();
+            if begun.elapsed() > MOST_TIME {
+                outputs.truncated = true;
+                break 'uppers;
+            }
             if OWN.contains(&path.as_str()) || !globs.is_match(&path) {
                 continue;
             }
-            if outputs.files.len() == config.max_output_files {
+            listed += path.len() + ENTRY_BYTES + entry.kind.target_bytes();
+            if outputs.files.len() == config.max_output_files || listed > MAX_LISTED_BYTES {
                 outputs.truncated = true;
-                break;
+                break 'uppers;
             }
             let file = keep(&entry, path, &mut archive, &mut outputs.truncated)?;
             outputs.files.push(file);
         }
+        outputs.truncated |= walk.was_cut();
     }
     outputs.files.sort_by(|a, b| a.path.cmp(&b.path));
     let archive = archive.finish()?.map(|(file, hash, bytes)| {
@@ -94,12 +109,12 @@ fn keep(
         }
         Kind::Dir => {
             file.kind = OutputKind::Dir;
-            archive.add_dir(entry)?;
+            *truncated |= !archive.add_dir(entry)?;
         }
         Kind::Symlink(target) => {
             file.kind = OutputKind::Symlink;
             file.target = Some(String::from_utf8_lossy(target).into_owned());
-            archive.add_link(entry, target)?;
+            *truncated |= !archive.add_link(entry, target)?;
         }
         Kind::Deleted => {
             file.kind = OutputKind::Deleted;

@@ -22,6 +22,16 @@ pub(super) enum Kind {
     Special,
 }
 
+impl Kind {
+    /// Bytes of a symbolic link's target.
+    pub(super) fn target_bytes(&self) -> usize {
+        match self {
+            Self::Symlink(target) => target.len(),
+            _ => 0,
+        }
+    }
+}
+
 /// One entry of an upper directory.
 #[derive(Debug)]
 pub(super) struct Entry {
@@ -63,7 +73,12 @@ pub(super) struct Walk {
     here: OwnedFd,
     levels: Vec<Level>,
     path: Vec<u8>,
+    /// Something was passed over.
+    cut: bool,
 }
+
+/// The longest path that is looked at: PATH_MAX, beyond which no program finds it by one name either.
+const MAX_PATH: usize = 4096;
 
 const OPEN_DIR: OFlag =
     OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
@@ -74,7 +89,12 @@ impl Walk {
         let here = openat(upper, c".", OPEN_DIR, Mode::empty())?;
         let names = names(&here)?;
         let path = prefix.as_bytes().to_vec();
-        Ok(Self { here, levels: vec![Level { names, path_length: path.len() }], path })
+        Ok(Self { here, levels: vec![Level { names, path_length: path.len() }], path, cut: false })
+    }
+
+    /// Whether something was passed over: a path that is too long, or what went away meanwhile.
+    pub(super) fn was_cut(&self) -> bool {
+        self.cut
     }
 
     /// The next entry; none at the end.
@@ -91,20 +111,35 @@ impl Walk {
             };
             self.path.push(b'/');
             self.path.extend_from_slice(name.to_bytes());
-            let parent = self.here.try_clone()?;
-            let stat = fstatat(&self.here, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)?;
-            let kind = self.kind(&name, &stat)?;
-            let mut copied_up = false;
-            if kind == Kind::Dir {
-                let dir = openat(&self.here, name.as_c_str(), OPEN_DIR, Mode::empty())?;
-                copied_up = was_copied_up(&dir);
-                self.levels.push(Level { names: names(&dir)?, path_length: self.path.len() });
-                self.here = dir;
+            if self.path.len() > MAX_PATH {
+                self.cut = true;
+                continue;
             }
-            if !copied_up {
-                return Ok(Some(Entry { path: self.path.clone(), stat, kind, parent, name }));
+            match self.visit(name) {
+                Ok(Some(entry)) => return Ok(Some(entry)),
+                Ok(None) => {}
+                // The tree is dead, but may have passed a descriptor of it to another, over a socket in a volume.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => self.cut = true,
+                Err(e) => return Err(e),
             }
         }
+    }
+
+    /// The entry of this name here, and down into it if it is a directory; none if it is there only to hold a change.
+    fn visit(&mut self, name: CString) -> io::Result<Option<Entry>> {
+        let parent = self.here.try_clone()?;
+        let stat = fstatat(&self.here, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        let kind = self.kind(&name, &stat)?;
+        if kind == Kind::Dir {
+            let dir = openat(&self.here, name.as_c_str(), OPEN_DIR, Mode::empty())?;
+            let copied_up = was_copied_up(&dir);
+            self.levels.push(Level { names: names(&dir)?, path_length: self.path.len() });
+            self.here = dir;
+            if copied_up {
+                return Ok(None);
+            }
+        }
+        Ok(Some(Entry { path: self.path.clone(), stat, kind, parent, name }))
     }
 
     fn kind(&self, name: &CStr, stat: &FileStat) -> io::Result<Kind> {

@@ -29,8 +29,16 @@ pub(crate) struct Abilities {
     pub(crate) processors: Option<BTreeSet<u32>>,
     /// Whether swap is limited (or there is none).
     pub(crate) swap: bool,
-    /// The highest limit on open files that this process may give.
-    pub(crate) max_open_files: u64,
+    /// The highest resource limits that this process may give.
+    pub(crate) hard_limits: HardLimits,
+}
+
+/// Resource limits that this process cannot raise: getrlimit(2).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct HardLimits {
+    pub(crate) open_files: u64,
+    pub(crate) stack_bytes: u64,
+    pub(crate) core_bytes: u64,
 }
 
 /// Where a layer comes from.
@@ -168,10 +176,16 @@ fn check_abilities(
         let message = "this host cannot limit swap: turn swap off, or swap accounting on (swapaccount=1)";
         return Err(Refusal::spec(&format!("{path}.swap_bytes"), message));
     }
-    if limits.open_files > abilities.max_open_files {
-        let message =
-            format!("{} is above what this host allows: {}", limits.open_files, abilities.max_open_files);
-        return Err(Refusal::spec(&format!("{path}.open_files"), message));
+    let HardLimits { open_files, stack_bytes, core_bytes } = abilities.hard_limits;
+    for (name, wanted, most) in [
+        ("open_files", limits.open_files, open_files),
+        ("stack_bytes", limits.stack_bytes, stack_bytes),
+        ("core_bytes", limits.core_bytes, core_bytes),
+    ] {
+        if wanted > most {
+            let message = format!("{wanted} is above what this host allows: {most}");
+            return Err(Refusal::spec(&format!("{path}.{name}"), message));
+        }
     }
     if limits.disk_bytes > config.scratch_memory_bytes {
         let message = format!(
@@ -240,7 +254,7 @@ fn steps(spec: &JobSpec, config: &EngineConfig, abilities: &Abilities) -> Result
         let path = format!("steps[{index}].limits");
         let limits = step_limits(&config.limits, spec, Some(&step.limits), &path)?;
         check_abilities(&limits, config, abilities, &path)?;
-        program::plan(spec, Some(step), &step.command, limits)
+        program::plan(spec, Some((index, step)), &step.command, limits)
     };
     spec.steps.iter().enumerate().map(plan).collect()
 }

@@ -24,6 +24,8 @@ pub(crate) struct StepPlan {
     pub(crate) set_home: bool,
     pub(crate) set_user: bool,
     pub(crate) cwd: Option<Text>,
+    /// The field of the spec that says so.
+    pub(crate) cwd_path: String,
     pub(crate) stdin: Vec<u8>,
     pub(crate) allow_failure: bool,
 }
@@ -31,10 +33,11 @@ pub(crate) struct StepPlan {
 /// Decides about one program; what a step leaves out is the job's.
 pub(super) fn plan(
     spec: &JobSpec,
-    step: Option<&StepSpec>,
+    step: Option<(usize, &StepSpec)>,
     command: &[String],
     limits: Limits,
 ) -> Result<StepPlan, Refusal> {
+    let (number, step) = step.unzip();
     let mut env: BTreeMap<&str, &str> = BTreeMap::from([("LANG", DEFAULT_LANG), ("PATH", DEFAULT_PATH)]);
     let given = spec.env.iter().chain(step.into_iter().flat_map(|step| &step.env));
     env.extend(given.map(|(name, value)| (name.as_str(), value.as_str())));
@@ -49,6 +52,10 @@ pub(super) fn plan(
         set_home: !env.contains_key("HOME"),
         set_user: !env.contains_key("USER"),
         env: env.iter().map(|(name, value)| text(&format!("{name}={value}"))).collect::<Result<_, _>>()?,
+        cwd_path: match number.filter(|_| step.is_some_and(|step| step.cwd.is_some())) {
+            Some(number) => format!("steps[{number}].cwd"),
+            None => "cwd".to_owned(),
+        },
         cwd: cwd.map(|cwd| text(cwd.as_str())).transpose()?,
         stdin: stdin.map(|content| inline(content, "stdin")).transpose()?.unwrap_or_default(),
         allow_failure: step.is_some_and(|step| step.allow_failure),

@@ -13,7 +13,11 @@ fn config() -> EngineConfig {
 }
 
 fn abilities() -> Abilities {
-    Abilities { processors: Some([0, 1].into()), swap: true, max_open_files: 4096 }
+    Abilities {
+        processors: Some([0, 1].into()),
+        swap: true,
+        hard_limits: HardLimits { open_files: 4096, stack_bytes: 1 << 30, core_bytes: 0 },
+    }
 }
 
 fn plan(json: &str) -> Result<JobPlan, Refusal> {
