@@ -8,26 +8,25 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
-use hutch_proto::{Captured, JobSpec, Reason, StepResult, Timeline, Timestamp, Usage};
+use hutch_proto::JobSpec;
 use hutch_sandbox_sys::{CgroupHome, IdRange, Launcher as RawLauncher, RootIs};
 use tokio_util::sync::CancellationToken;
 
-use crate::cgroup::{Cgroups, GroupWatch, JobCgroup, Readings};
+use crate::cgroup::{Cgroups, GroupWatch, JobCgroup};
 use crate::collect::{self, Collected};
 use crate::config::EngineConfig;
+use crate::course::Course;
 use crate::host::{self, IdRanges};
 use crate::hostlayer::HostLayer;
-use crate::observe::{Observer, SlotGauges, Stream};
-use crate::plan::{Abilities, JobPlan, StepPlan};
-use crate::prepare::{DiskUse, OwnerMaps, Prepared, volumes_dir};
+use crate::observe::{Observer, SlotGauges};
+use crate::plan::{Abilities, JobPlan};
+use crate::prepare::{OwnerMaps, Prepared, volumes_dir};
 use crate::refusal::Refusal;
-use crate::report::{Durations, Report};
+use crate::report::Report;
+use crate::seccomp;
 use crate::spawn::{Means, ParkedInits, spawn, with_source};
-use crate::supervise::{Exited, supervise};
-use crate::verdict::{End, Observed, Verdict, decide};
-use crate::{failure, seccomp};
+use crate::supervise::supervise;
 
 /// A process of its own, small and with one thread, from which sandboxes are cloned.
 #[derive(Debug)]
@@ -182,7 +181,7 @@ impl Engine {
 
     /// Runs one job to its verdict. Whatever goes wrong is in the report.
     pub async fn run(&self, order: Order, observer: &dyn Observer) -> Report {
-        let mut course = Course::begin(self.clone(), order.slot);
+        let mut course = Course::begin(Remains::new(self.clone(), order.slot));
         let plan = match JobPlan::new(&order.job, &self.0.config, &self.0.abilities) {
             Ok(plan) => plan,
             Err(refusal) => return course.refused(refusal),
@@ -304,6 +303,18 @@ pub struct Remains {
     slot: u32,
 }
 
+impl Remains {
+    fn new(engine: Engine, slot: u32) -> Self {
+        Self { mounts: Vec::new(), prepared: None, cgroups: Vec::new(), engine, slot }
+    }
+
+    /// Adds a step's cgroup and mount namespace.
+    pub(crate) fn add(&mut self, (cgroup, mounts): (JobCgroup, OwnedFd)) {
+        self.cgroups.push(cgroup);
+        self.mounts.push(mounts);
+    }
+}
+
 impl Drop for Remains {
     fn drop(&mut self) {
         self.mounts.clear();
@@ -352,202 +363,4 @@ fn tell_launcher(launcher: &RawLauncher, cgroups: &Cgroups) -> Result<(), Engine
         .map(|parent| CgroupHome { parent: parent.as_fd(), name: &cgroups.home_name })
         .collect();
     launcher.remember_cgroups(&homes).map_err(|e| failed(&e))
-}
-
-/// A job's usage as the contract shows it.
-pub(crate) fn usage(readings: &Readings, wall_time_ms: u64, disk: DiskUse) -> Usage {
-    // The two parts add up to what limits are held against: the whole is rounded, not each part.
-    let cpu_system_ms = readings.cpu_system_us / 1000;
-    Usage {
-        wall_time_ms,
-        cpu_user_ms: readings.cpu_us() / 1000 - cpu_system_ms,
-        cpu_system_ms,
-        cpu_throttled_ms: readings.throttled_us / 1000,
-        memory_peak_bytes: readings.memory_peak_bytes,
-        oom_kills: readings.oom_kills,
-        pids_peak: readings.pids_peak,
-        pids_denied: readings.pids_denied,
-        io_read_bytes: readings.io_read_bytes,
-        io_write_bytes: readings.io_write_bytes,
-        disk_bytes: disk.bytes,
-        disk_inodes: disk.inodes,
-    }
-}
-
-/// What is known of a job so far.
-struct Course {
-    begun: Instant,
-    started_at: Timestamp,
-    begun_ns: u64,
-    step_begun_ns: u64,
-    step_begun_at: Timestamp,
-    durations: Durations,
-    steps: Vec<StepResult>,
-    decided: Option<Verdict>,
-    usage: Usage,
-    remains: Remains,
-}
-
-impl Course {
-    fn begin(engine: Engine, slot: u32) -> Self {
-        let (now, at) = (hutch_sandbox_sys::process::monotonic_ns(), Timestamp::now());
-        Self {
-            begun: Instant::now(),
-            started_at: at,
-            begun_ns: now,
-            step_begun_ns: now,
-            step_begun_at: at,
-            durations: Durations::default(),
-            steps: Vec::new(),
-            decided: None,
-            usage: Usage::default(),
-            remains: Remains { mounts: Vec::new(), prepared: None, cgroups: Vec::new(), engine, slot },
-        }
-    }
-
-    /// Bytes of stdout and stderr that are kept of the steps so far.
-    fn kept(&self) -> (u64, u64) {
-        let sum = |of: fn(&StepResult) -> &Captured| {
-            self.steps.iter().map(|step| of(step).data.len() as u64).sum::<u64>()
-        };
-        (sum(|step| &step.stdout), sum(|step| &step.stderr))
-    }
-
-    /// Takes in a step that is over; true if the next one is to run.
-    fn step_done(&mut self, step: &StepPlan, plan: &JobPlan, exited: Exited) -> Result<bool, Refusal> {
-        let now = hutch_sandbox_sys::process::monotonic_ns();
-        let started_ns = exited.records.started_ns.unwrap_or(exited.dead_ns);
-        let ended_ns = exited.records.ended.map_or(exited.dead_ns, |(_, at)| at).max(started_ns);
-        let run_us = (ended_ns - started_ns) / 1000;
-        let seen = Observed {
-            cause: exited.cause,
-            end: exited.records.ended.map(|(status, _)| End::of(status)),
-            readings: exited.readings,
-            wall_ms: run_us / 1000,
-            idle_ms: u64::try_from(exited.idle.as_millis()).unwrap_or(u64::MAX),
-            stdout_bytes: exited.stdout.bytes,
-            stderr_bytes: exited.stderr.bytes,
-            disk_full: (exited.disk.bytes_full, exited.disk.inodes_full),
-            disk_bytes: exited.disk.bytes,
-            disk_inodes: exited.disk.inodes,
-        };
-        let (cgroup, mounts) = exited.remains;
-        self.remains.cgroups.push(cgroup);
-        self.remains.mounts.push(mounts);
-        let out_of_memory = exited.readings.oom_kills > 0;
-        let verdict = match exited.records.failed {
-            Some(record) if !out_of_memory && exited.cause.is_none() => failure::explain(record, plan, step)?,
-            _ => decide(&step.limits, &seen),
-        };
-        let usage = usage(&exited.readings, seen.wall_ms, exited.disk);
-        self.usage = self.usage.then(usage);
-        let setup_us = started_ns.saturating_sub(self.step_begun_ns) / 1000;
-        let teardown_us = now.saturating_sub(ended_ns) / 1000;
-        self.durations.setup_us += setup_us;
-        self.durations.run_us += run_us;
-        self.durations.teardown_us += teardown_us;
-        let finished_at = Timestamp::now();
-        let goes_on = verdict.reason.is_none()
-            || (step.allow_failure && !matches!(verdict.reason, Some(Reason::Requested | Reason::HostError)));
-        self.steps.push(StepResult {
-            name: step.name.clone(),
-            status: verdict.status,
-            reason: verdict.reason,
-            message: verdict.message.clone(),
-            limit: verdict.limit.clone(),
-            exit_code: verdict.exit_code,
-            signal: verdict.signal.clone(),
-            stdout: exited.stdout,
-            stderr: exited.stderr,
-            usage,
-            timeline: Timeline {
-                submitted_at: self.started_at,
-                started_at: Some(self.step_begun_at),
-                finished_at,
-                queue_ms: 0,
-                setup_us,
-                run_us,
-                collect_us: 0,
-                teardown_us,
-            },
-        });
-        self.step_begun_ns = now;
-        self.step_begun_at = finished_at;
-        // A failure that is allowed does not decide, unless nothing else does.
-        if !(goes_on && verdict.reason.is_some()) {
-            self.decided = Some(verdict);
-        }
-        Ok(goes_on)
-    }
-
-    /// The report on a job whose program did not run, or whose sandbox failed.
-    fn refused(self, refusal: Refusal) -> Report {
-        let Refusal { reason, message, limit } = refusal;
-        let verdict = Verdict {
-            status: reason.status(),
-            reason: Some(reason),
-            message,
-            limit,
-            exit_code: None,
-            signal: None,
-        };
-        self.report(verdict, Collected::default())
-    }
-
-    fn collected(mut self, collected: Result<Collected, Refusal>) -> Report {
-        let collected = match collected {
-            Ok(collected) => collected,
-            Err(refusal) => return self.refused(refusal),
-        };
-        let all_ns = hutch_sandbox_sys::process::monotonic_ns().saturating_sub(self.begun_ns);
-        let known = self.durations.setup_us + self.durations.run_us + self.durations.teardown_us;
-        self.durations.collect_us = (all_ns / 1000).saturating_sub(known);
-        let verdict = self.decided.take().unwrap_or(Verdict {
-            status: hutch_proto::Status::Succeeded,
-            reason: None,
-            message: String::new(),
-            limit: None,
-            exit_code: Some(0),
-            signal: None,
-        });
-        self.report(verdict, collected)
-    }
-
-    fn report(self, verdict: Verdict, collected: Collected) -> Report {
-        tracing::debug!(status = %verdict.status, elapsed = ?self.begun.elapsed(), "job done");
-        let stdout = concatenated(&self.steps, Stream::Stdout);
-        let stderr = concatenated(&self.steps, Stream::Stderr);
-        Report {
-            status: verdict.status,
-            reason: verdict.reason,
-            message: verdict.message,
-            limit: verdict.limit,
-            exit_code: verdict.exit_code,
-            signal: verdict.signal,
-            stdout,
-            stderr,
-            usage: self.usage,
-            outputs: collected.outputs,
-            archive: collected.archive,
-            steps: self.steps,
-            started_at: Some(self.started_at),
-            finished_at: Timestamp::now(),
-            durations: self.durations,
-            remains: Some(self.remains),
-        }
-    }
-}
-
-fn concatenated(steps: &[StepResult], stream: Stream) -> Captured {
-    let mut all = Captured::default();
-    for step in steps {
-        let one = match stream {
-            Stream::Stdout => &step.stdout,
-            Stream::Stderr => &step.stderr,
-        };
-        all.data.extend_from_slice(&one.data);
-        all.bytes += one.bytes;
-        all.truncated |= one.truncated;
-    }
-    all
 }

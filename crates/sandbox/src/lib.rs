@@ -5,9 +5,11 @@
 //!
 //! What is not here: the network, the queue, and unsafe code.
 
+mod capture;
 mod cgroup;
 mod collect;
 mod config;
+mod course;
 mod engine;
 mod failure;
 mod host;

@@ -17,6 +17,7 @@ use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::capture::{Capture, MOST_KEPT};
 use crate::cgroup::{JobCgroup, Readings};
 use crate::observe::{Observer, Stream};
 use crate::plan::StepPlan;
@@ -56,46 +57,6 @@ pub(crate) struct Records {
     pub(crate) failed: Option<Record>,
     pub(crate) started_ns: Option<u64>,
     pub(crate) ended: Option<(i32, u64)>,
-}
-
-/// How many bytes of each stream are held in memory for one job, all its steps together, whatever its limits are: more
-/// is in no result.
-pub(crate) const MOST_KEPT: u64 = 16 << 20;
-
-/// Output that is passed on up to the step's limit, and kept up to what is left of the job's share of memory.
-#[derive(Debug)]
-struct Capture {
-    kept: Vec<u8>,
-    bytes: u64,
-    limit: u64,
-    most_kept: u64,
-}
-
-impl Capture {
-    fn new(limit: u64, most_kept: u64) -> Self {
-        Self { kept: Vec::new(), bytes: 0, limit, most_kept: most_kept.min(limit) }
-    }
-
-    /// Takes what came and returns the part that is within the limit.
-    fn take<'b>(&mut self, bytes: &'b [u8]) -> &'b [u8] {
-        let first = |most: u64, taken: u64| {
-            let room = usize::try_from(most.saturating_sub(taken)).unwrap_or(usize::MAX);
-            &bytes[..bytes.len().min(room)]
-        };
-        self.kept.extend_from_slice(first(self.most_kept, self.kept.len() as u64));
-        let within = first(self.limit, self.bytes);
-        self.bytes += bytes.len() as u64;
-        within
-    }
-
-    fn overflowed(&self) -> bool {
-        self.bytes > self.limit
-    }
-
-    fn done(self) -> Captured {
-        let truncated = self.bytes > self.kept.len() as u64;
-        Captured { data: self.kept, bytes: self.bytes, truncated }
-    }
 }
 
 /// The watch over one step.
@@ -273,7 +234,7 @@ impl Watch<'_> {
             self.note_disk();
             if self.records.started_ns.is_some() {
                 let readings = self.readings();
-                self.observer.usage(&crate::engine::usage(&readings, self.running_ms(), self.disk));
+                self.observer.usage(&crate::course::usage(&readings, self.running_ms(), self.disk));
             }
         }
     }
@@ -443,8 +404,8 @@ impl Watch<'_> {
 
     fn captured(&self, stream: Stream) -> u64 {
         match stream {
-            Stream::Stdout => self.stdout.bytes,
-            Stream::Stderr => self.stderr.bytes,
+            Stream::Stdout => self.stdout.bytes(),
+            Stream::Stderr => self.stderr.bytes(),
         }
     }
 
