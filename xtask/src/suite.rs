@@ -1,6 +1,7 @@
 //! The whole suite, in the order in which things break: packages, formatting, architecture, lints, tests.
 
 use std::fs;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use crate::{cargo, check, install};
@@ -17,6 +18,7 @@ pub(crate) fn run(long: bool) -> anyhow::Result<()> {
     cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
     cargo(&["build", "--workspace"], &[])?;
     let _ = fs::remove_file(SKIPPED);
+    dependencies()?;
     let skipped = std::env::current_dir()?.join(SKIPPED);
     let skipped = skipped.to_string_lossy();
     let mut env = vec![("HUTCH_SKIPPED", &*skipped)];
@@ -30,4 +32,14 @@ pub(crate) fn run(long: bool) -> anyhow::Result<()> {
         eprintln!("  skipped: {reason}");
     }
     Ok(())
+}
+
+/// Licences, sources and bans of all that is depended on, by cargo-deny (deny.toml), where it is installed.
+fn dependencies() -> anyhow::Result<()> {
+    let installed = Command::new("cargo-deny").arg("--version").stdout(Stdio::null()).status();
+    if installed.is_ok_and(|status| status.success()) {
+        return cargo(&["deny", "--log-level", "error", "check", "bans", "licenses", "sources"], &[]);
+    }
+    let reason = "licences and sources of what is depended on: cargo-deny is not installed\n";
+    Ok(fs::write(SKIPPED, reason)?)
 }
