@@ -7,12 +7,12 @@ use core::fmt::Write as _;
 use std::ffi::CStr;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
-use nix::fcntl::{AT_FDCWD, OFlag, openat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::sys::wait::waitpid;
-use nix::unistd::Pid;
+use nix::unistd::{AccessFlags, Pid, faccessat};
 
 use super::{Failure, Line};
 use crate::mount::{NODEV, NOEXEC, NOSUID, NewFilesystem, RDONLY, attach, clone_tree, restrict};
@@ -97,21 +97,20 @@ fn mount_proc() -> Result<OwnedFd> {
 }
 
 fn mask(proc_mount: BorrowedFd<'_>, name: &CStr, kind: Mask) -> Result<()> {
+    // Looked at first: a mount that is made and then not attached costs the kernel a grace period to let go.
+    match faccessat(proc_mount, name, AccessFlags::F_OK, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Err(Errno::ENOENT) => return Ok(()),
+        other => other?,
+    }
     let cover = match kind {
         Mask::File => clone_tree(AT_FDCWD, c"/dev/null")?,
         Mask::Directory => clone_tree(AT_FDCWD, c"/e")?,
-        Mask::ReadOnly => match clone_tree(proc_mount, name) {
-            Err(Errno::ENOENT) => return Ok(()),
-            other => other?,
-        },
+        Mask::ReadOnly => clone_tree(proc_mount, name)?,
     };
     if kind != Mask::File {
         restrict(cover.as_fd(), RDONLY | NOSUID | NODEV | NOEXEC)?;
     }
-    match attach(cover.as_fd(), proc_mount, name) {
-        Err(Errno::ENOENT) => Ok(()),
-        other => other,
-    }
+    attach(cover.as_fd(), proc_mount, name)
 }
 
 /// The launcher's device tree, and a devpts of this sandbox's own in it.
