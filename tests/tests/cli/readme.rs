@@ -54,7 +54,7 @@ fn over_rabbitmq_from_python() {
         &[("HUTCH__WORKER__ALLOW_HOST_LAYER", "true")],
     );
     let url = format!("{}?heartbeat=30", broker.url());
-    let script = block("python", "import json, pika")
+    let script = block("python", "import pika")
         .replace("pika.ConnectionParameters(\"localhost\")", &format!("pika.URLParameters(\"{url}\")"))
         .replace("routing_key=\"default\"", &format!("routing_key=\"{queue}\""));
     assert!(script.contains(&url) && script.contains(&queue), "the README's client has changed: {script}");
