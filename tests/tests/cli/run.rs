@@ -116,6 +116,18 @@ fn the_result_can_be_had_as_json() {
 }
 
 #[test]
+fn data_may_be_kept_at_a_relative_path() {
+    let Some(house) = House::with_sandboxes() else { return };
+    let spec = house.file(
+        "job.json",
+        r#"{"layers": ["host"], "cwd": "/box", "command": ["touch", "a"], "outputs": {"paths": ["/box/**"]}}"#,
+    );
+    let done = house.hutch(&["run", "--json", "--data", "d", &spec]);
+    assert_eq!(done.code, 0, "{done:?}");
+    assert!(done.json()["outputs"]["archive"]["blob"].is_string(), "{done:?}");
+}
+
+#[test]
 fn a_spec_is_run_with_its_steps() {
     let Some(house) = House::with_sandboxes() else { return };
     let spec = house.file(

@@ -2,7 +2,7 @@
 //!
 //! 1. The layers are merged by the `config` crate; every value remembers where it comes from.
 //! 2. A key that nothing reads is an error that names it, and the key that was likely meant.
-//! 3. The rest is read into [`Settings`].
+//! 3. The rest is read into [`Settings`], and `data_dir` made absolute: no one after this sees a relative one.
 
 mod keys;
 mod limits;
@@ -30,6 +30,7 @@ const PLACES: [&str; 2] = ["hutch.toml", "/etc/hutch/hutch.toml"];
 pub(crate) struct Settings {
     /// Where `up`, `worker` and `gateway` listen; each has its own default.
     pub(crate) listen: Option<String>,
+    /// Where everything is kept; absolute.
     pub(crate) data_dir: PathBuf,
     pub(crate) worker: WorkerSettings,
     #[serde(default)]
@@ -123,7 +124,8 @@ fn load_with(
         .add_source(source::flags(flags))
         .build()
         .map_err(|error| anyhow!("the config cannot be read: {error}"))?;
-    let settings = read(&merged)?;
+    let mut settings = read(&merged)?;
+    settings.data_dir = absolute(&settings.data_dir)?;
     check(&settings)?;
     Ok(Loaded { settings, merged, file })
 }
@@ -194,9 +196,12 @@ fn default_data_dir(variable: impl Fn(&str) -> Option<String>, root: bool) -> Pa
         .join("hutch")
 }
 
-/// A path of the settings made absolute, so that it stays the same wherever it is used.
-pub(crate) fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
-    std::path::absolute(path).with_context(|| format!("{} is no path", path.display()))
+/// The data directory made absolute, from the directory that this command was started in: the address of the store
+/// and the mounts of jobs are made of it.
+fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
+    std::path::absolute(path).with_context(|| {
+        format!("data_dir: `{}` is no path: a directory such as /var/lib/hutch is expected", path.display())
+    })
 }
 
 #[cfg(test)]

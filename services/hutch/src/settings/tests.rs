@@ -45,6 +45,21 @@ fn each_layer_beats_the_one_before() {
 }
 
 #[test]
+fn data_is_kept_at_an_absolute_path_whoever_names_it() {
+    let here = std::env::current_dir().expect("current directory").join("state");
+    let flag = Flags::default().set("data_dir", "--data", Some("./state"));
+    for (text, pairs, flags) in [
+        ("data_dir = \"state\"", &[][..], Flags::default()),
+        ("", &[("HUTCH__DATA_DIR", "./state")], Flags::default()),
+        ("", &[], flag),
+    ] {
+        let settings = load_text(text, pairs, &flags).expect("loaded").settings;
+        assert_eq!((&settings.data_dir, settings.store_url()), (&here, format!("file://{}", here.display())));
+    }
+    assert!(error_of("data_dir = \"\"").contains("data_dir"));
+}
+
+#[test]
 fn unknown_keys_are_named_with_what_was_meant() {
     for (text, words) in [
         ("[worker]\nslotz = 1", &["worker.slotz", "worker.slots", ".toml"][..]),
