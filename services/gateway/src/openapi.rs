@@ -143,7 +143,12 @@ fn schemas() -> Value {
     }
     let id = json!({"type": "string", "format": "uuid"});
     let own = [
-        ("Accepted", object(json!({"id": id}))),
+        (
+            "Accepted",
+            object(
+                json!({"id": id, "withheld": {"type": "string", "description": "why the result of a job known before is not shown"}}),
+            ),
+        ),
         ("Cancelled", object(json!({"id": id, "outcome": {"enum": ["accepted", "already_finished"]}}))),
         ("Blob", object(json!({"blob": reference("Digest"), "bytes": {"type": "integer"}}))),
         (
