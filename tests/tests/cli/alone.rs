@@ -2,6 +2,8 @@
 
 use hutch_tests::house::House;
 
+use crate::first_line;
+
 #[test]
 fn help_has_examples_and_wrong_usage_ends_with_2() {
     let house = House::new();
@@ -79,6 +81,13 @@ fn nobody_listens_to_the_world_without_tokens() {
     assert!(done.stderr.contains("tokens_file"), "{done:?}");
     let done = house.hutch(&["gateway", "--listen", "somewhere"]);
     assert!(done.code == 1 && done.stderr.contains("somewhere"), "{done:?}");
+}
+
+#[test]
+fn a_gateway_that_no_worker_can_reach_says_so() {
+    let house = House::new();
+    let said = first_line(house.command(&["gateway", "--listen", "127.0.0.1:0"]));
+    assert!(said.contains("hutch up") && said.contains("--broker"), "{said}");
 }
 
 #[test]

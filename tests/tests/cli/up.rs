@@ -5,6 +5,8 @@ use serde_json::Value;
 
 use hutch_tests::house::{Done, House, Served};
 
+use crate::first_line;
+
 fn client(house: &House, served: &Served, arguments: &[&str]) -> Done {
     let (command, rest) = arguments.split_first().expect("command");
     house.hutch(&[&[*command, "--url", served.url.as_str()], rest].concat())
@@ -81,6 +83,15 @@ fn what_was_accepted_survives_a_kill() {
     let served = house.serve(&["up", "--slots", "1"]);
     let logs = client(&house, &served, &["logs", "-f", &id]);
     assert_eq!(logs.stdout, "late\n", "{logs:?}");
+}
+
+#[test]
+fn a_broker_that_is_not_used_is_said_so() {
+    let Some(house) = House::with_sandboxes() else { return };
+    let mut command = house.command(&["up", "--listen", "127.0.0.1:0"]);
+    command.env("HUTCH__BROKER__URL", "amqp://127.0.0.1:1");
+    let said = first_line(command);
+    assert!(said.contains("broker.url is set and not used"), "{said}");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! 2. A key that nothing reads is an error that names it, and the key that was likely meant.
 //! 3. The rest is read into [`Settings`], and `data_dir` made absolute: no one after this sees a relative one.
 
+mod check;
 mod keys;
 mod limits;
 mod show;
@@ -126,7 +127,7 @@ fn load_with(
         .map_err(|error| anyhow!("the config cannot be read: {error}"))?;
     let mut settings = read(&merged)?;
     settings.data_dir = absolute(&settings.data_dir)?;
-    check(&settings)?;
+    check::check(&settings)?;
     Ok(Loaded { settings, merged, file })
 }
 
@@ -152,36 +153,6 @@ fn read(merged: &Config) -> anyhow::Result<Settings> {
         bail!("unknown key `{key}`{from}{meant}; `hutch config show` lists all keys");
     }
     settings.map_err(|error| anyhow!("the config is wrong: {error}"))
-}
-
-/// What the types cannot say.
-fn check(settings: &Settings) -> anyhow::Result<()> {
-    let worker = &settings.worker;
-    if !(1..=1024).contains(&worker.slots) {
-        bail!("worker.slots: 1 to 1024 are possible, not {}", worker.slots);
-    }
-    if worker.queues.is_empty() {
-        bail!("worker.queues: at least one queue is needed, such as [\"default\"]");
-    }
-    for name in worker.queues.iter().chain([&worker.name]) {
-        if !hutch_proto::is_name(name) {
-            bail!(
-                "`{name}` is no name of a queue or worker: 1 to 63 letters, digits, `-`, `_` and `.` are expected"
-            );
-        }
-    }
-    for path in worker.allowed_host_paths.iter().chain(&worker.layer_dirs) {
-        if !path.is_absolute() {
-            bail!(
-                "{} is not absolute: worker.allowed_host_paths and worker.layer_dirs must be",
-                path.display()
-            );
-        }
-    }
-    if worker.lease.0 < 1000 {
-        bail!("worker.lease: at least 1s is needed, not {}", worker.lease);
-    }
-    settings.limits().map(drop)
 }
 
 /// The data directory when none is set: `/var/lib/hutch` as root, else below the user's state.
