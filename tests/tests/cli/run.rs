@@ -41,6 +41,19 @@ fn what_the_program_writes_goes_straight_through() {
 }
 
 #[test]
+fn output_that_is_cut_is_said_so() {
+    let Some(house) = House::with_sandboxes() else { return };
+    let write = ["--", "head", "-c", "1500000", "/dev/zero"];
+    let done = house.hutch(&[&["run", "-q"], &write[..]].concat());
+    assert_eq!((done.code, done.stdout.len()), (0, 1 << 20));
+    for word in ["stdout is cut: 1048576 of 1500000 bytes were kept", "--max-output"] {
+        assert!(done.stderr.contains(word), "{}", done.stderr);
+    }
+    let done = house.hutch(&[&["run", "--max-output", "2MiB"], &write[..]].concat());
+    assert_eq!((done.stdout.len(), done.stderr.as_str()), (1_500_000, ""));
+}
+
+#[test]
 fn flags_reach_the_sandbox() {
     let Some(house) = House::with_sandboxes() else { return };
     let script = house.file("main.sh", "echo \"$GREETING from $(pwd) as $(id -u)\"\n");

@@ -29,6 +29,10 @@ fn a_job_goes_all_the_way() {
     assert_eq!((done.code, done.stdout.as_str()), (4, "out\n"), "{done:?}");
     assert!(done.stderr.contains("err\n") && done.stderr.contains("failed"), "{done:?}");
 
+    let long = r#"{"layers": ["host"], "command": ["head", "-c", "1500000", "/dev/zero"]}"#;
+    let done = run(&["submit", "--follow", &house.file("long.json", long)]);
+    assert!(done.stderr.contains("1048576 of 1500000 bytes") && done.stderr.contains("limits.stdout_bytes"));
+
     let id = run(&["submit", &spec]).stdout.trim().to_owned();
     let logs = run(&["logs", "-f", &id]);
     assert_eq!((logs.code, logs.stdout.as_str(), logs.stderr.as_str()), (0, "out\n", "err\n"));

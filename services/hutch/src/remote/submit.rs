@@ -45,6 +45,9 @@ pub(crate) async fn submit(args: SubmitArgs) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::from(exit::FAILURE));
     }
     let result = result_of(&client, job.id).await?;
+    for cut in verdict::cuts(&result) {
+        term::note(format!("{cut}; limits.stdout_bytes and limits.stderr_bytes of the spec keep more"));
+    }
     if !verdict::is_success(&result) {
         term::note(verdict::sentence(&result));
     }
@@ -119,7 +122,7 @@ impl<'a> Handing<'a> {
                     let answer: Accepted = serde_json::from_slice(&answer.bytes().await?).unwrap_or_default();
                     match answer.withheld {
                         // Asking again would be answered so for ever.
-                        Some(why) => bail!("job {} was handed in; {}", self.id, term::safe(&why)),
+                        Some(why) => bail!("job {} was handed in; {}", self.id, term::safe_line(&why)),
                         None => Ok(None),
                     }
                 }
