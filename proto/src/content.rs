@@ -6,10 +6,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::Digest;
+use crate::object::Object;
 
 /// Bytes given in a spec: exactly one of `text`, `base64`, `blob`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(try_from = "RawContent", into = "RawContent")]
+#[serde(try_from = "Object<RawContent>", into = "RawContent")]
 #[schemars(with = "RawContent")]
 pub enum Content {
     /// Bytes that were given in place, as text or base64.
@@ -75,10 +76,10 @@ impl Content {
     }
 }
 
-impl TryFrom<RawContent> for Content {
+impl TryFrom<Object<RawContent>> for Content {
     type Error = String;
 
-    fn try_from(raw: RawContent) -> Result<Self, String> {
+    fn try_from(Object(raw): Object<RawContent>) -> Result<Self, String> {
         Self::from_parts(raw.text, raw.base64, raw.blob)
     }
 }

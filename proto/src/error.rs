@@ -39,6 +39,12 @@ pub enum SpecError {
     Invalid(Vec<Problem>),
 }
 
+impl From<std::str::Utf8Error> for SpecError {
+    fn from(error: std::str::Utf8Error) -> Self {
+        Self::NotJson(format!("the bytes are not UTF-8 from byte {} on", error.valid_up_to()))
+    }
+}
+
 fn join(problems: &[Problem]) -> String {
     let lines: Vec<String> = problems.iter().map(Problem::to_string).collect();
     lines.join("; ")

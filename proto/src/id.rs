@@ -20,7 +20,7 @@ pub enum IdError {
 }
 
 /// At most this much of a wrong value is repeated in an error.
-fn excerpt(text: &str) -> String {
+pub(crate) fn excerpt(text: &str) -> String {
     text.chars().take(80).flat_map(char::escape_default).collect()
 }
 

@@ -13,6 +13,8 @@ mod event;
 mod id;
 mod layer_ref;
 mod limits;
+mod object;
+mod parse;
 mod path;
 mod result;
 pub mod schema;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::object::{self, Object};
 use crate::{Content, JobId, JobPath, LayerRef, LimitsSpec, Mode, UserSpec};
 
 /// The most bytes that a spec's JSON may have; larger content goes to the blob store.
@@ -46,7 +47,7 @@ pub struct JobSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command: Option<Vec<String>>,
     /// Environment variables, over `PATH`, `HOME`, `USER`, `LANG` and the image's own.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, deserialize_with = "object::texts", skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
     /// Working directory, made if missing; the image's, else the user's home, if left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -61,7 +62,7 @@ pub struct JobSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<FileSpec>,
     /// What the job may use.
-    #[serde(default, skip_serializing_if = "is_default")]
+    #[serde(default, deserialize_with = "object::one", skip_serializing_if = "is_default")]
     pub limits: LimitsSpec,
     /// Directories that outlive the job.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -70,10 +71,10 @@ pub struct JobSpec {
     #[serde(default)]
     pub network: Network,
     /// What is kept of what the job wrote.
-    #[serde(default, skip_serializing_if = "is_default")]
+    #[serde(default, deserialize_with = "object::one", skip_serializing_if = "is_default")]
     pub outputs: OutputsSpec,
     /// Several programs over one file system, run in order; then there is no `command`.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, deserialize_with = "object::many", skip_serializing_if = "Vec::is_empty")]
     pub steps: Vec<StepSpec>,
     /// The class of worker that takes it.
     #[serde(default = "default_queue")]
@@ -90,7 +91,7 @@ pub struct JobSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_in_ms: Option<u64>,
     /// Kept with the result.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, deserialize_with = "object::texts", skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
     /// Run the program on a pseudo-terminal.
     #[serde(default, skip_serializing_if = "is_false")]
@@ -99,7 +100,7 @@ pub struct JobSpec {
 
 /// A file written before the start: one of `text`, `base64`, `blob`, with its place and mode.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(try_from = "RawFile", into = "RawFile")]
+#[serde(try_from = "Object<RawFile>", into = "RawFile")]
 #[schemars(with = "RawFile")]
 pub struct FileSpec {
     /// Where it is written.
@@ -132,10 +133,10 @@ struct RawFile {
     mode: Mode,
 }
 
-impl TryFrom<RawFile> for FileSpec {
+impl TryFrom<Object<RawFile>> for FileSpec {
     type Error = String;
 
-    fn try_from(raw: RawFile) -> Result<Self, String> {
+    fn try_from(Object(raw): Object<RawFile>) -> Result<Self, String> {
         let content = Content::from_parts(raw.text, raw.base64, raw.blob)?;
         Ok(Self { path: raw.path, content, mode: raw.mode })
     }
@@ -150,7 +151,7 @@ impl From<FileSpec> for RawFile {
 
 /// A directory bound into the sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(try_from = "RawVolume", into = "RawVolume")]
+#[serde(try_from = "Object<RawVolume>", into = "RawVolume")]
 #[schemars(with = "RawVolume")]
 pub struct VolumeMount {
     /// What is bound.
@@ -188,10 +189,10 @@ struct RawVolume {
     read_only: Option<bool>,
 }
 
-impl TryFrom<RawVolume> for VolumeMount {
+impl TryFrom<Object<RawVolume>> for VolumeMount {
     type Error = String;
 
-    fn try_from(raw: RawVolume) -> Result<Self, String> {
+    fn try_from(Object(raw): Object<RawVolume>) -> Result<Self, String> {
         let (source, default_read_only) = match (raw.volume, raw.host_path) {
             (Some(name), None) => (VolumeSource::Named(name), false),
             (None, Some(path)) => (VolumeSource::HostPath(path), true),
@@ -247,13 +248,13 @@ pub struct StepSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdin: Option<Content>,
     /// Environment variables, over the job's.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, deserialize_with = "object::texts", skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
     /// Working directory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cwd: Option<JobPath>,
     /// Its own limits, over the job's.
-    #[serde(default, skip_serializing_if = "is_default")]
+    #[serde(default, deserialize_with = "object::one", skip_serializing_if = "is_default")]
     pub limits: LimitsSpec,
     /// Whether the next step runs, and the job may succeed, even when this one does not.
     #[serde(default, skip_serializing_if = "is_false")]

@@ -1,8 +1,8 @@
-//! From bytes to a valid [`JobSpec`]: cap, parse, then check what the types cannot say.
-//!
-//! The parser stops at the first thing that is wrong; the checks after it report all they find.
+//! Checks of a [`JobSpec`] for what its types cannot say. All that is wrong is reported at once.
 
 use std::collections::{BTreeMap, HashSet};
+
+use globset::{GlobBuilder, GlobSetBuilder};
 
 use crate::limits::LimitsSpec;
 use crate::{
@@ -20,6 +20,9 @@ const MAX_VOLUMES: usize = 32;
 const MAX_STEPS: usize = 32;
 const MAX_LABELS: usize = 32;
 const MAX_GLOBS: usize = 256;
+const MAX_GLOB_BYTES: usize = 1024;
+/// The most `{a,b}` of one glob: each multiplies what a worker has to match.
+const MAX_GLOB_ALTERNATIONS: usize = 64;
 const MAX_TIME_MS: u64 = 30 * 24 * 3_600_000;
 const MAX_BYTES: u64 = 1 << 50;
 
@@ -27,28 +30,6 @@ const MAX_BYTES: u64 = 1 << 50;
 const RESERVED: [&str; 2] = ["/proc", "/dev"];
 
 impl JobSpec {
-    /// Parses and validates a job from its JSON.
-    ///
-    /// # Errors
-    /// [`SpecError::NotJson`] for what is not JSON; [`SpecError::Invalid`] for all else, with the
-    /// path of each field that is wrong.
-    pub fn parse(json: &[u8]) -> Result<Self, SpecError> {
-        if json.len() > MAX_SPEC_BYTES {
-            return Err(SpecError::Invalid(vec![Problem::new(
-                "",
-                format!(
-                    "the spec has {} bytes, at most {MAX_SPEC_BYTES} are read; put large content in blobs",
-                    json.len()
-                ),
-            )]));
-        }
-        let mut parser = serde_json::Deserializer::from_slice(json);
-        let spec: Self = serde_path_to_error::deserialize(&mut parser).map_err(|e| describe(json, &e))?;
-        parser.end().map_err(|e| SpecError::NotJson(e.to_string()))?;
-        spec.validate()?;
-        Ok(spec)
-    }
-
     /// Checks what the types cannot say.
     ///
     /// # Errors
@@ -62,30 +43,9 @@ impl JobSpec {
         check_files(self, &mut found);
         check_volumes(self, &mut found);
         check_delivery(self, &mut found);
-        if self.outputs.paths.len() > MAX_GLOBS {
-            found.push(too_many("outputs.paths", self.outputs.paths.len(), MAX_GLOBS));
-        }
-        for (index, glob) in self.outputs.paths.iter().enumerate() {
-            if !glob.starts_with('/') || glob.len() > 4095 || glob.contains('\0') {
-                found.push(Problem::new(
-                    format!("outputs.paths[{index}]"),
-                    "a glob over absolute paths is expected, such as /box/out/**",
-                ));
-            }
-        }
+        check_globs(&self.outputs.paths, &mut found);
         if found.is_empty() { Ok(()) } else { Err(SpecError::Invalid(found)) }
     }
-}
-
-/// A parser's error as a sentence with the path of the field.
-fn describe(json: &[u8], error: &serde_path_to_error::Error<serde_json::Error>) -> SpecError {
-    let inner = error.inner();
-    let not_json = !inner.is_data() && serde_json::from_slice::<serde::de::IgnoredAny>(json).is_err();
-    if not_json {
-        return SpecError::NotJson(inner.to_string());
-    }
-    let path = error.path().to_string();
-    SpecError::Invalid(vec![Problem::new(if path == "." { "" } else { &path }, inner.to_string())])
 }
 
 fn too_many(path: &str, count: usize, most: usize) -> Problem {
@@ -321,6 +281,41 @@ fn check_volumes(spec: &JobSpec, found: &mut Vec<Problem>) {
             }
             _ => {}
         }
+    }
+}
+
+/// A worker compiles the globs as they are compiled here; what fails there would be found out after the job ran.
+fn check_globs(globs: &[String], found: &mut Vec<Problem>) {
+    if globs.len() > MAX_GLOBS {
+        found.push(too_many("outputs.paths", globs.len(), MAX_GLOBS));
+        return;
+    }
+    let before = found.len();
+    let mut set = GlobSetBuilder::new();
+    for (index, glob) in globs.iter().enumerate() {
+        let mut wrong =
+            |message: String| found.push(Problem::new(format!("outputs.paths[{index}]"), message));
+        let alternations = glob.bytes().filter(|byte| *byte == b'{').count();
+        if !glob.starts_with('/') || glob.contains('\0') {
+            wrong("a glob over absolute paths is expected, such as /box/out/**".to_owned());
+        } else if glob.len() > MAX_GLOB_BYTES {
+            wrong(format!("a glob may have {MAX_GLOB_BYTES} bytes, this one has {}", glob.len()));
+        } else if alternations > MAX_GLOB_ALTERNATIONS {
+            wrong(format!("a glob may have {MAX_GLOB_ALTERNATIONS} `{{`, this one has {alternations}"));
+        } else {
+            match GlobBuilder::new(glob).literal_separator(true).build() {
+                Ok(glob) => drop(set.add(glob)),
+                Err(error) => {
+                    wrong(format!("not a glob: {}; one such as /box/out/** is expected", error.kind()))
+                }
+            }
+        }
+    }
+    if found.len() == before && set.build().is_err() {
+        found.push(Problem::new(
+            "outputs.paths",
+            "the globs are too large to be compiled together: fewer or simpler ones are expected",
+        ));
     }
 }
 

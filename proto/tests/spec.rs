@@ -71,15 +71,52 @@ const BAD: &[(&str, &[&str])] = &[
     ("{", &["not JSON"]),
     ("nonsense", &["not JSON"]),
     (r#"{"layers": ["host"]} x"#, &["not JSON"]),
-    ("[]", &["expected struct JobSpec"]),
-    ("null", &["expected struct JobSpec"]),
+    ("[]", &["an object is expected, not an array"]),
+    ("null", &["an object is expected, not null"]),
+    (r#"["0199d0c4-7f3a-7c1e-9a55-0d8f6c1b2a34", ["host"], ["true"]]"#, &["an object is expected"]),
+    (r#"{"layers": ["host"], "limits": [5000]}"#, &["limits: an object is expected, not an array"]),
+    (r#"{"layers": ["host"], "limits": null}"#, &["limits: an object is expected, not null"]),
+    (r#"{"layers": ["host"], "stdin": ["hello"]}"#, &["stdin: an object is expected"]),
+    (r#"{"layers": ["host"], "files": [["/a", "x"]]}"#, &["files[0]: an object is expected"]),
+    (r#"{"layers": ["host"], "volumes": [["v", null, "/a"]]}"#, &["volumes[0]: an object is expected"]),
+    (r#"{"layers": ["host"], "outputs": [["/a"]]}"#, &["outputs: an object is expected"]),
+    (r#"{"layers": ["host"], "steps": [["x", ["b"]]]}"#, &["steps[0]: an object is expected"]),
+    (r#"{"layers": ["host"], "steps": {"name": "x"}}"#, &["steps: an array of objects is expected"]),
+    (
+        r#"{"layers": ["host"], "steps": [{"name": "x", "command": ["b"], "stdin": ["x"]}]}"#,
+        &["steps[0].stdin: an object is expected"],
+    ),
+    (
+        r#"{"layers": ["host"], "steps": [{"name": "x", "command": ["b"], "limits": [1]}]}"#,
+        &["steps[0].limits: an object is expected"],
+    ),
+    (r#"{"layers": ["host"], "env": [["A", "1"]]}"#, &["env: an object is expected"]),
+    (r#"{"layers": ["host"], "env": {"A": "1", "A": "2"}}"#, &["env: `A` is given twice"]),
+    (r#"{"layers": ["host"], "env": {"A": "1", "\u0041": "2"}}"#, &["env: `A` is given twice"]),
+    (r#"{"layers": ["host"], "labels": {"a": "1", "a": "1"}}"#, &["labels: `a` is given twice"]),
+    (
+        r#"{"layers": ["host"], "steps": [{"name": "x", "command": ["b"], "env": {"A": "", "A": ""}}]}"#,
+        &["steps[0].env: `A` is given twice"],
+    ),
+    (r#"{"layers": ["host"], "tty": 1}"#, &["tty: true or false is expected, not `1`"]),
+    (r#"{"layers": ["host"], "network": 5}"#, &["network: a string is expected"]),
+    (r#"{"layers": ["host"], "queue": {}}"#, &["queue: a string is expected, not an object"]),
     ("{}", &["layers"]),
     (r#"{"layers": []}"#, &["layers", "at least one"]),
     (r#"{"layers": ["host"], "comand": ["true"]}"#, &["comand", "expected one of", "command"]),
     (r#"{"layers": ["host"], "limits": {"memory": 1}}"#, &["limits", "memory", "memory_bytes"]),
-    (r#"{"layers": ["host"], "limits": {"memory_bytes": "1G"}}"#, &["limits.memory_bytes", "u64"]),
-    (r#"{"layers": ["host"], "limits": {"memory_bytes": -1}}"#, &["limits.memory_bytes", "u64"]),
-    (r#"{"layers": ["host"], "limits": {"memory_bytes": 1.5}}"#, &["limits.memory_bytes", "u64"]),
+    (
+        r#"{"layers": ["host"], "limits": {"memory_bytes": "1G"}}"#,
+        &["limits.memory_bytes: a whole number from 0 on is expected"],
+    ),
+    (
+        r#"{"layers": ["host"], "limits": {"memory_bytes": -1}}"#,
+        &["limits.memory_bytes: a whole number from 0 on is expected"],
+    ),
+    (
+        r#"{"layers": ["host"], "limits": {"memory_bytes": 1.5}}"#,
+        &["limits.memory_bytes: a whole number from 0 on is expected"],
+    ),
     (r#"{"layers": ["host"], "limits": {"memory_bytes": 1}}"#, &["limits.memory_bytes", "1048576.."]),
     (r#"{"layers": ["host"], "limits": {"wall_time_ms": 0}}"#, &["limits.wall_time_ms", "1.."]),
     (r#"{"layers": ["host"], "limits": {"cpuset": "1-0"}}"#, &["limits.cpuset", "0-1"]),
@@ -98,7 +135,7 @@ const BAD: &[(&str, &[&str])] = &[
     (r#"{"id": "{0199d0c4-7f3a-7c1e-9a55-0d8f6c1b2a34}", "layers": ["host"]}"#, &["id", "UUID"]),
     (r#"{"layers": ["host"], "command": []}"#, &["command", "program"]),
     (r#"{"layers": ["host"], "command": [""]}"#, &["command[0]", "empty"]),
-    (r#"{"layers": ["host"], "command": "ls -l"}"#, &["command", "sequence"]),
+    (r#"{"layers": ["host"], "command": "ls -l"}"#, &["command: an array is expected, not \"ls -l\""]),
     (r#"{"layers": ["host"], "command": ["a\u0000b"]}"#, &["command[0]", "NUL"]),
     (r#"{"layers": ["host"], "env": {"A=B": "c"}}"#, &["env", "A=B"]),
     (r#"{"layers": ["host"], "env": {"A": "\u0000"}}"#, &["env.A", "NUL"]),
@@ -145,6 +182,11 @@ const BAD: &[(&str, &[&str])] = &[
     (r#"{"layers": ["host"], "network": "host"}"#, &["network", "none", "egress"]),
     (r#"{"layers": ["host"], "outputs": {"paths": ["out/*"]}}"#, &["outputs.paths[0]", "absolute"]),
     (
+        r#"{"layers": ["host"], "outputs": {"paths": ["/a", "/["]}}"#,
+        &["outputs.paths[1]", "not a glob", "']'"],
+    ),
+    (r#"{"layers": ["host"], "outputs": {"paths": ["/{a"]}}"#, &["outputs.paths[0]", "not a glob"]),
+    (
         r#"{"layers": ["host"], "command": ["a"], "steps": [{"name": "x", "command": ["b"]}]}"#,
         &["steps", "not both"],
     ),
@@ -160,7 +202,7 @@ const BAD: &[(&str, &[&str])] = &[
     ),
     (r#"{"layers": ["host"], "queue": "a/b"}"#, &["queue", "letters"]),
     (r#"{"layers": ["host"], "priority": 32}"#, &["priority", "0..=31"]),
-    (r#"{"layers": ["host"], "priority": 300}"#, &["priority", "u8"]),
+    (r#"{"layers": ["host"], "priority": 300}"#, &["priority: a whole number"]),
     (r#"{"layers": ["host"], "max_attempts": 0}"#, &["max_attempts", "1..=100"]),
     (r#"{"layers": ["host"], "labels": {"a b": "c"}}"#, &["labels", "a b"]),
     (r#"{"layers": ["host"], "labels": {"a": "\u001b[31m"}}"#, &["labels.a", "control"]),
@@ -190,6 +232,44 @@ fn bombs_are_refused_before_they_are_unpacked() {
     );
     let layers = vec!["\"host\""; 65].join(",");
     assert!(error_of(&format!(r#"{{"layers": [{layers}]}}"#)).contains("at most 64"));
+}
+
+#[test]
+fn globs_that_no_worker_could_compile_are_refused() {
+    let of = |globs: &[String]| {
+        parse(&serde_json::json!({"layers": ["host"], "outputs": {"paths": globs}}).to_string())
+    };
+    let error = |globs: &[String]| of(globs).expect_err("refused").to_string();
+    assert!(
+        error(&["/".to_owned() + &"{a,b}".repeat(65)]).contains("outputs.paths[0]: a glob may have 64 `{`")
+    );
+    assert!(
+        error(&["/".to_owned() + &"a".repeat(1024)]).contains("outputs.paths[0]: a glob may have 1024 bytes")
+    );
+    assert!(error(&vec!["/".to_owned() + &"{a,b}".repeat(800); 200]).contains("outputs.paths[199]"));
+    assert!(of(&["/box/out/**".to_owned(), "/box/{a,b}/[!x]?*".to_owned()]).is_ok());
+    let dear = vec!["/".to_owned() + &"?".repeat(1000); 256];
+    assert!(error(&dear).contains("outputs.paths: the globs are too large"));
+}
+
+#[test]
+fn bytes_that_are_not_utf_8_are_not_json() {
+    for json in [&b"\xff"[..], b"{\"layers\": [\"host\xff\"]}", b"{\"layers\": [\"host\"], \"\xc3\": 1}"] {
+        let error = JobSpec::parse(json).expect_err("not UTF-8");
+        assert!(matches!(error, SpecError::NotJson(_)) && error.to_string().contains("UTF-8"), "{error}");
+    }
+}
+
+#[test]
+fn no_message_speaks_of_what_is_behind_the_parser() {
+    for (json, _) in BAD {
+        let message = error_of(json);
+        for word in ["struct ", "Raw", "u64", "u32", "u8", "elements", "sequence", "invalid type"] {
+            assert!(!message.contains(word), "{json}\n  says: {message}");
+        }
+    }
+    let long = format!(r#"{{"layers": ["host"], "limits": "{}"}}"#, "x".repeat(10_000));
+    assert!(error_of(&long).len() < 200, "{}", error_of(&long));
 }
 
 #[test]

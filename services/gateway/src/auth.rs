@@ -143,20 +143,28 @@ fn token(line: &str) -> Result<(String, Token), String> {
     Ok((hash, Token { name: name.to_owned(), scopes }))
 }
 
+/// Whether the sender of a request may also see what others handed in. Every request that is let through has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct MayRead(pub(crate) bool);
+
 /// Lets a request through if its sender has this scope.
 pub(crate) async fn require(
     State((gateway, scope)): State<(Arc<Gateway>, Scope)>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
-    let refused = match &gateway.config.tokens {
-        Some(tokens) => by_token(tokens, request.headers(), scope),
-        None => by_host(request.uri(), request.headers()),
+    let (refused, may_read) = match &gateway.config.tokens {
+        Some(tokens) => {
+            let refused = |scope| by_token(tokens, request.headers(), scope);
+            (refused(scope), refused(Scope::Read).is_none())
+        }
+        None => (by_host(request.uri(), request.headers()), true),
     };
-    match refused {
-        Some(problem) => problem.into_response(),
-        None => next.run(request).await,
+    if let Some(problem) = refused {
+        return problem.into_response();
     }
+    request.extensions_mut().insert(MayRead(may_read));
+    next.run(request).await
 }
 
 fn by_token(tokens: &Tokens, headers: &HeaderMap, scope: Scope) -> Option<Problem> {

@@ -3,18 +3,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use futures::StreamExt;
 use hutch_proto::{JobId, JobSpec, JobView, MAX_SPEC_BYTES, SpecError};
-use hutch_queue::CancelOutcome;
+use hutch_queue::{CancelOutcome, Submitted};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use crate::auth::MayRead;
 use crate::extract::{IdInPath, Query, whole};
 use crate::problem::Problem;
 use crate::{Gateway, waiting};
@@ -29,8 +30,12 @@ const BATCH_BYTES: usize = 32 << 20;
 const BATCH_ABREAST: usize = 64;
 
 /// `POST /v1/jobs[?wait_ms=]`.
+///
+/// Who waits for a job of one's own sees its result. An id that is known already may be anybody's, so its result
+/// needs the scope `read`.
 pub(crate) async fn submit(
     State(gateway): State<Arc<Gateway>>,
+    Extension(MayRead(may_read)): Extension<MayRead>,
     uri: Uri,
     body: Body,
 ) -> Result<Response, Problem> {
@@ -44,13 +49,18 @@ pub(crate) async fn submit(
     let deadline = Instant::now() + Duration::from_millis(wait);
     let json = whole(body, MAX_SPEC_BYTES, "; put large content in blobs").await?;
     let job = JobSpec::parse(&json)?;
-    gateway.ask(gateway.queue.submit(&job)).await?;
+    let submitted = gateway.ask(gateway.queue.submit(&job)).await?;
+    let location = [(header::LOCATION, format!("/v1/jobs/{}", job.id))];
+    if wait > 0 && submitted == Submitted::Known && !may_read {
+        let withheld = "a job of this id was there before, and its result needs a token with read";
+        let body = Json(json!({"id": job.id, "withheld": withheld}));
+        return Ok((StatusCode::ACCEPTED, location, body).into_response());
+    }
     if wait > 0
         && let Some(result) = waiting::result(&gateway, job.id, deadline).await?
     {
         return Ok(Json(result).into_response());
     }
-    let location = [(header::LOCATION, format!("/v1/jobs/{}", job.id))];
     Ok((StatusCode::ACCEPTED, location, Json(json!({"id": job.id}))).into_response())
 }
 
@@ -62,7 +72,8 @@ pub(crate) async fn batch(
 ) -> Result<Response, Problem> {
     Query::of(&uri, &[])?;
     let json = whole(body, BATCH_BYTES, "; send several batches").await?;
-    let specs: Vec<&RawValue> = serde_json::from_slice(&json).map_err(|error| not_an_array(&json, &error))?;
+    let json = str::from_utf8(&json).map_err(SpecError::from)?;
+    let specs: Vec<&RawValue> = serde_json::from_str(json).map_err(|error| not_an_array(json, &error))?;
     if specs.len() > BATCH_JOBS {
         return Err(Problem::too_large(format!(
             "a batch may have {BATCH_JOBS} jobs, this one has {}",
@@ -89,8 +100,8 @@ async fn accept(gateway: &Gateway, job: Result<JobSpec, SpecError>) -> Result<Jo
     Ok(job.id)
 }
 
-fn not_an_array(json: &[u8], error: &serde_json::Error) -> Problem {
-    if serde_json::from_slice::<serde::de::IgnoredAny>(json).is_ok() {
+fn not_an_array(json: &str, error: &serde_json::Error) -> Problem {
+    if serde_json::from_str::<serde::de::IgnoredAny>(json).is_ok() {
         let field = hutch_proto::Problem::new("", "an array of specs is expected");
         return Problem::spec_invalid(vec![field]);
     }

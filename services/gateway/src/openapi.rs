@@ -143,7 +143,7 @@ fn schemas() -> Value {
     }
     let id = json!({"type": "string", "format": "uuid"});
     let own = [
-        ("Accepted", object(json!({"id": id}))),
+        ("Accepted", accepted(&id)),
         ("Cancelled", object(json!({"id": id, "outcome": {"enum": ["accepted", "already_finished"]}}))),
         ("Blob", object(json!({"blob": reference("Digest"), "bytes": {"type": "integer"}}))),
         (
@@ -184,6 +184,13 @@ fn schemas() -> Value {
 }
 
 /// An object all of whose fields are there.
+/// `withheld` is there in one case alone.
+fn accepted(id: &Value) -> Value {
+    let withheld =
+        json!({"type": "string", "description": "why the result of a job known before is not shown"});
+    with(object(json!({"id": id})), json!({"properties": {"id": id, "withheld": withheld}}))
+}
+
 fn object(properties: Value) -> Value {
     let required: Vec<&String> =
         properties.as_object().map(|fields| fields.keys().collect()).unwrap_or_default();

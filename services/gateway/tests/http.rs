@@ -110,6 +110,20 @@ async fn what_is_wrong_is_a_problem_that_says_where() {
 }
 
 #[tokio::test]
+async fn a_body_that_is_not_utf_8_is_not_json() {
+    let house = House::new().await;
+    for (path, body) in [
+        ("/v1/jobs", &b"\xff\xfe"[..]),
+        ("/v1/jobs", b"{\"layers\": [\"host\xff\"]}"),
+        ("/v1/jobs/batch", b"[{\"layers\": [\"host\xff\"]}]"),
+    ] {
+        let answer = house.send(Method::POST, path, body.to_vec(), &[]).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{}", answer.text());
+        assert_eq!(answer.json()["type"], "urn:hutch:problem:not_json");
+    }
+}
+
+#[tokio::test]
 async fn a_batch_is_answered_entry_by_entry() {
     let house = House::new().await;
     let answer = house.post("/v1/jobs/batch", &format!("[{SPEC}, {{}}, {SPEC}, 7]")).await;
@@ -342,6 +356,30 @@ async fn tokens_open_what_their_scopes_say() {
     for open in ["/", "/healthz", "/readyz", "/metrics", "/openapi.json"] {
         assert_eq!(house.get(open).await.status, StatusCode::OK, "{open}");
     }
+}
+
+#[tokio::test]
+async fn a_submitter_sees_the_result_of_no_job_but_its_own() {
+    let house = House::with_tokens().await;
+    let post = |token: &'static str, id: JobId| {
+        let house = &house;
+        async move {
+            let headers = [("authorization", token)];
+            house.send(Method::POST, "/v1/jobs?wait_ms=20000", spec(id).into(), &headers).await
+        }
+    };
+    let id = JobId::generate();
+    let (own, ()) = tokio::join!(post("Bearer submitter", id), async {
+        let lease = house.take().await;
+        house.finish(lease, |_| {}).await;
+    });
+    assert_eq!((own.status, &own.json()["status"]), (StatusCode::OK, &json!("succeeded")));
+    let others = post("Bearer submitter", id).await;
+    assert_eq!(others.status, StatusCode::ACCEPTED, "{}", others.text());
+    assert_eq!((&others.json()["id"], &others.json()["status"]), (&json!(id), &Value::Null));
+    assert!(others.json()["withheld"].as_str().is_some_and(|why| why.contains("read")), "{}", others.text());
+    let admin = post("Bearer admin", id).await;
+    assert_eq!((admin.status, &admin.json()["status"]), (StatusCode::OK, &json!("succeeded")));
 }
 
 #[tokio::test]

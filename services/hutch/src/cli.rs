@@ -100,13 +100,13 @@ pub(crate) struct RunArgs {
     #[arg(short, long, value_name = "SIZE")]
     pub(crate) memory: Option<ByteSize>,
     /// Processor time of the whole process tree [default: none].
-    #[arg(long, value_name = "TIME")]
+    #[arg(long, value_name = "TIME", value_parser = time)]
     pub(crate) cpu_time: Option<Millis>,
     /// Time on the clock [default: 1m].
-    #[arg(short, long, value_name = "TIME")]
+    #[arg(short, long, value_name = "TIME", value_parser = time)]
     pub(crate) time: Option<Millis>,
     /// Time without output and without use of a processor [default: none].
-    #[arg(long, value_name = "TIME")]
+    #[arg(long, value_name = "TIME", value_parser = time)]
     pub(crate) idle_time: Option<Millis>,
     /// Processes and threads at one time [default: 128].
     #[arg(long, value_name = "N")]
@@ -117,6 +117,9 @@ pub(crate) struct RunArgs {
     /// What it may write [default: 256MiB].
     #[arg(long, value_name = "SIZE")]
     pub(crate) disk: Option<ByteSize>,
+    /// What is kept of stdout, and of stderr [default: 1MiB each].
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) max_output: Option<ByteSize>,
     /// Bind a volume (a name) or a directory of this host (a path); repeatable.
     #[arg(short, long = "volume", value_name = "SRC:TARGET[:ro|rw]")]
     pub(crate) volumes: Vec<String>,
@@ -368,6 +371,15 @@ pub(crate) enum ConfigCommand {
     Show,
 }
 
+/// A time on the command line. Who writes `-t 5` rarely means the milliseconds that a config file does.
+fn time(text: &str) -> Result<Millis, String> {
+    if text.trim().bytes().all(|byte| byte.is_ascii_digit()) && !text.trim().is_empty() {
+        let number = text.trim();
+        return Err(format!("{number} has no unit: {number}s or {number}ms is expected"));
+    }
+    text.parse()
+}
+
 impl Command {
     /// Whether this command runs sandboxes, and so needs the launcher.
     pub(crate) fn runs_sandboxes(&self) -> bool {
@@ -396,5 +408,16 @@ mod tests {
         assert!(Cli::try_parse_from(["hutch", "run", "a.json", "--", "ls"]).is_err());
         let wrong = Cli::try_parse_from(["hutch", "run", "-m", "much", "--", "ls"]).expect_err("no size");
         assert!(wrong.to_string().contains("256MiB"), "{wrong}");
+    }
+
+    #[test]
+    fn a_time_needs_its_unit() {
+        for flag in ["-t", "--time", "--cpu-time", "--idle-time"] {
+            let wrong = Cli::try_parse_from(["hutch", "run", flag, "5", "--", "ls"]).expect_err("no unit");
+            assert!(wrong.to_string().contains("5 has no unit: 5s or 5ms is expected"), "{wrong}");
+            let wrong = Cli::try_parse_from(["hutch", "run", flag, "soon", "--", "ls"]).expect_err("no time");
+            assert!(wrong.to_string().contains("such as 5s"), "{wrong}");
+            assert!(Cli::try_parse_from(["hutch", "run", flag, "1m 30s", "--", "ls"]).is_ok());
+        }
     }
 }

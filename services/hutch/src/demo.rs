@@ -9,7 +9,7 @@ use hutch_proto::{JobId, JobResult, JobSpec};
 use hutch_queue::Queue;
 use serde_json::{Value, json};
 
-use crate::term::{self, Waiting, safe};
+use crate::term::{self, Waiting, safe_line};
 use crate::verdict;
 
 /// One job, and what it is there to show.
@@ -155,7 +155,7 @@ fn row(about: &str, result: &JobResult) -> [String; 6] {
     let usage = &result.usage;
     let said = String::from_utf8_lossy(&result.stdout.data);
     let said =
-        said.lines().next().map(safe).filter(|line| !line.is_empty()).unwrap_or_else(|| "-".to_owned());
+        said.lines().next().map(safe_line).filter(|line| !line.is_empty()).unwrap_or_else(|| "-".to_owned());
     let verdict = match (verdict::is_success(result), &result.limit) {
         (false, Some(limit)) => {
             format!("{}, at {}", verdict::short(result), limit_value(&limit.name, limit.allowed))
@@ -168,7 +168,7 @@ fn row(about: &str, result: &JobResult) -> [String; 6] {
         verdict::time(usage.wall_time_ms),
         verdict::time(usage.cpu_user_ms + usage.cpu_system_ms),
         verdict::size(usage.memory_peak_bytes),
-        if result.message.is_empty() || result.limit.is_some() { said } else { safe(&result.message) },
+        if result.message.is_empty() || result.limit.is_some() { said } else { safe_line(&result.message) },
     ]
 }
 

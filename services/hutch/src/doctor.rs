@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use hutch_proto::{JobSpec, Status};
-use hutch_sandbox::{Engine, Launcher, Order, Unobserved};
+use hutch_sandbox::{Engine, EngineError, Launcher, Order, Unobserved};
 use nix::sys::statvfs::statvfs;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
@@ -17,6 +17,12 @@ use crate::{engine, exit, queue, term, verdict};
 
 /// The least room that the data directory should have.
 const ROOM: u64 = 1 << 30;
+
+/// The oldest kernel on which all of the limits hold.
+const KERNEL: (u32, u32) = (6, 1);
+const KERNEL_REMEDY: &str = "use Linux 6.1 or newer";
+const SANDBOX_REMEDY: &str =
+    "run it as root, or in a container with CAP_SYS_ADMIN, overlayfs and cgroups that it may write to";
 
 /// How much a finding matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -36,7 +42,7 @@ struct Finding {
     name: &'static str,
     grade: Grade,
     found: String,
-    /// What to do about it; empty if nothing.
+    /// What to do about it; empty only if it is as it should be.
     remedy: String,
 }
 
@@ -54,15 +60,16 @@ impl Finding {
 pub(crate) async fn doctor(
     args: DoctorArgs,
     config: Option<&Path>,
-    launcher: Option<Launcher>,
+    launcher: Result<Option<Launcher>, EngineError>,
 ) -> anyhow::Result<ExitCode> {
     let data_dir = args.data_dir.as_ref().map(|path| path.display().to_string());
     let flags = Flags::default().set("data_dir", "--data", data_dir);
     let settings = settings::load(config, &flags)?.settings;
-    let mut findings = vec![kernel(), user(), data(&settings)];
+    let mut findings = vec![kernel(), user(), core_pattern(), data(&settings)];
     findings.push(match launcher {
-        Some(launcher) => sandbox(&settings, launcher).await,
-        None => Finding::bad("sandbox", Grade::Failure, "the launcher was not started", ""),
+        Ok(Some(launcher)) => sandbox(&settings, launcher).await,
+        Ok(None) => Finding::bad("sandbox", Grade::Failure, "the launcher was not started", SANDBOX_REMEDY),
+        Err(error) => Finding::bad("sandbox", Grade::Failure, error.to_string(), SANDBOX_REMEDY),
     });
     let failed = findings.iter().any(|finding| finding.grade == Grade::Failure);
     if args.json {
@@ -91,16 +98,46 @@ fn show(findings: &[Finding]) -> String {
 
 fn kernel() -> Finding {
     match nix::sys::utsname::uname() {
-        Ok(name) => Finding::ok(
-            "kernel",
-            format!(
-                "{} {} {}",
-                name.sysname().to_string_lossy(),
-                name.release().to_string_lossy(),
-                name.machine().to_string_lossy()
-            ),
+        Ok(name) => kernel_of(
+            &name.sysname().to_string_lossy(),
+            &name.release().to_string_lossy(),
+            &name.machine().to_string_lossy(),
         ),
-        Err(errno) => Finding::bad("kernel", Grade::Warning, errno.desc(), ""),
+        Err(errno) => Finding::bad("kernel", Grade::Warning, errno.desc(), KERNEL_REMEDY),
+    }
+}
+
+fn kernel_of(system: &str, release: &str, machine: &str) -> Finding {
+    let found = format!("{system} {release} {machine}");
+    // Such as 6.1.0-18-amd64, or 6.12-rc3.
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= KERNEL => Finding::ok("kernel", found),
+        _ => Finding::bad("kernel", Grade::Warning, found, KERNEL_REMEDY),
+    }
+}
+
+/// core(5): a pattern that begins with `|` names a program, which the kernel runs outside of every sandbox.
+fn core_pattern() -> Finding {
+    match std::fs::read_to_string("/proc/sys/kernel/core_pattern") {
+        Ok(pattern) => core_pattern_of(pattern.trim_end()),
+        Err(error) => Finding::bad(
+            "core_pattern",
+            Grade::Warning,
+            format!("/proc/sys/kernel/core_pattern cannot be read: {error}"),
+            "mount proc at /proc",
+        ),
+    }
+}
+
+fn core_pattern_of(pattern: &str) -> Finding {
+    let shown = term::safe_line(pattern);
+    if pattern.starts_with('|') {
+        let found =
+            format!("`{shown}`: the core of a job that crashes would be handed to a program of this host");
+        Finding::bad("core_pattern", Grade::Warning, found, "sysctl kernel.core_pattern=core")
+    } else {
+        Finding::ok("core_pattern", shown)
     }
 }
 
@@ -133,13 +170,18 @@ fn data(settings: &Settings) -> Finding {
                 Finding::ok("data", found)
             }
         }
-        Err(errno) => Finding::bad("data", Grade::Warning, format!("{shown}: {}", errno.desc()), ""),
+        Err(errno) => Finding::bad(
+            "data",
+            Grade::Warning,
+            format!("{shown}: {}", errno.desc()),
+            "choose another directory with --data DIR",
+        ),
     }
 }
 
 /// Runs a job that does nothing.
 async fn sandbox(settings: &Settings, launcher: Launcher) -> Finding {
-    let failed = |found: String| Finding::bad("sandbox", Grade::Failure, found, "");
+    let failed = |found: String| Finding::bad("sandbox", Grade::Failure, found, SANDBOX_REMEDY);
     let started = engine::alone(settings).and_then(|config| Ok(Engine::new(launcher, config)?));
     let engine = match started {
         Ok(engine) => engine,
@@ -159,5 +201,34 @@ async fn sandbox(settings: &Settings, launcher: Launcher) -> Finding {
         )
     } else {
         failed(format!("a job that does nothing ended as {}: {}", report.status, report.message))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_kernel_is_warned_of() {
+        for (release, grade) in [
+            ("6.1.0-18-amd64", Grade::Ok),
+            ("6.12-rc3", Grade::Ok),
+            ("10.0.0", Grade::Ok),
+            ("5.15.167.4-microsoft-standard-WSL2", Grade::Warning),
+            ("6.0.12", Grade::Warning),
+            ("unknown", Grade::Warning),
+        ] {
+            let finding = kernel_of("Linux", release, "x86_64");
+            assert_eq!(finding.grade, grade, "{finding:?}");
+            assert_eq!(finding.remedy.is_empty(), grade == Grade::Ok, "{finding:?}");
+            assert!(finding.found.contains(release));
+        }
+    }
+
+    #[test]
+    fn a_core_that_would_leave_the_sandbox_is_warned_of() {
+        let piped = core_pattern_of("|/usr/lib/systemd/systemd-coredump %P");
+        assert_eq!((piped.grade, piped.remedy.as_str()), (Grade::Warning, "sysctl kernel.core_pattern=core"));
+        assert_eq!(core_pattern_of("core.%p").grade, Grade::Ok);
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use hutch_sandbox::EngineConfig;
 
-use crate::settings::{Settings, absolute};
+use crate::settings::Settings;
 
 /// The engine of a worker.
 pub(crate) fn shared(settings: &Settings) -> anyhow::Result<EngineConfig> {
@@ -18,7 +18,7 @@ pub(crate) fn shared(settings: &Settings) -> anyhow::Result<EngineConfig> {
         scratch_memory_bytes: worker.scratch_memory_bytes.0,
         max_output_files: worker.max_output_files,
         max_archive_bytes: worker.max_archive_bytes.0,
-        ..EngineConfig::new(absolute(&settings.data_dir)?)
+        ..EngineConfig::new(settings.data_dir.clone())
     })
 }
 

@@ -28,7 +28,7 @@ mod volume;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
-use hutch_sandbox::Launcher;
+use hutch_sandbox::{EngineError, Launcher};
 
 use cli::{Cli, Command, ConfigCommand};
 use settings::Flags;
@@ -36,10 +36,7 @@ use settings::Flags;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let on_error = exit::on_error(&cli.command);
-    let launcher = match cli.command.runs_sandboxes().then(Launcher::fork).transpose() {
-        Ok(launcher) => launcher,
-        Err(error) => return term::fail(&anyhow::Error::new(error), on_error),
-    };
+    let launcher = cli.command.runs_sandboxes().then(Launcher::fork).transpose();
     logging::start();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let done = runtime.map_err(anyhow::Error::new).and_then(|runtime| {
@@ -51,12 +48,13 @@ fn main() -> ExitCode {
     done.unwrap_or_else(|error| term::fail(&error, on_error))
 }
 
-async fn dispatch(cli: Cli, launcher: Option<Launcher>) -> anyhow::Result<ExitCode> {
+/// Does the command's work. That there is no launcher ends all that need one but the doctor, who says why.
+async fn dispatch(cli: Cli, launcher: Result<Option<Launcher>, EngineError>) -> anyhow::Result<ExitCode> {
     let config = cli.config.as_deref();
     match cli.command {
-        Command::Run(args) => run::run(*args, config, launcher).await,
-        Command::Up(args) => up::up(args, config, launcher).await,
-        Command::Worker(args) => services::worker(args, config, launcher).await,
+        Command::Run(args) => run::run(*args, config, launcher?).await,
+        Command::Up(args) => up::up(args, config, launcher?).await,
+        Command::Worker(args) => services::worker(args, config, launcher?).await,
         Command::Gateway(args) => services::gateway(args, config).await,
         Command::Submit(args) => remote::submit(args).await,
         Command::Status(args) => remote::status(args).await,

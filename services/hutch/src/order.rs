@@ -9,11 +9,12 @@ use std::path::Path;
 
 use anyhow::{Context, anyhow, bail};
 use hutch_proto::{
-    Content, FileSpec, JobPath, JobSpec, LayerRef, LimitsSpec, Mode, Network, SpecError, UserSpec,
+    Content, FileSpec, JobPath, JobSpec, LayerRef, LimitsSpec, Mode, Network, Problem, SpecError, UserSpec,
     VolumeMount, VolumeSource,
 };
 
 use crate::cli::RunArgs;
+use crate::term::safe_line;
 
 /// The most that is read of a file or of stdin.
 const MOST_BYTES: u64 = 256 << 20;
@@ -59,6 +60,12 @@ pub(crate) fn job(args: &RunArgs) -> anyhow::Result<JobSpec> {
         job.stdin = Some(Content::Inline(read_all(path)?));
     }
     job.outputs.paths.extend(args.outputs.iter().cloned());
+    if args.output_dir.is_some() && job.outputs.paths.is_empty() {
+        bail!(
+            "--output-dir: nothing is kept that could be unpacked: name it with --output, such as \
+             --output '/box/out/**', or in outputs.paths of the spec"
+        );
+    }
     job.limits = limits(args).over(&job.limits);
     job.validate().map_err(problems)?;
     Ok(job)
@@ -74,10 +81,11 @@ pub(crate) fn read_spec(path: &Path) -> anyhow::Result<JobSpec> {
 pub(crate) fn problems(error: SpecError) -> anyhow::Error {
     match error {
         SpecError::Invalid(problems) if problems.len() > 1 => {
-            let lines: Vec<String> = problems.iter().map(|problem| format!("\n  {problem}")).collect();
-            anyhow!("{} problems:{}", lines.len(), crate::term::safe(&lines.concat()))
+            let line = |problem: &Problem| format!("\n  {}", safe_line(&problem.to_string()));
+            let lines: Vec<String> = problems.iter().map(line).collect();
+            anyhow!("{} problems:{}", lines.len(), lines.concat())
         }
-        error => anyhow!("{}", crate::term::safe(&error.to_string())),
+        error => anyhow!("{}", safe_line(&error.to_string())),
     }
 }
 
@@ -137,6 +145,12 @@ fn volume_of(text: &str) -> anyhow::Result<VolumeMount> {
         Some((rest, "rw")) => (rest, Some(false)),
         _ => (text, None),
     };
+    if let (None, Some((before, last))) = (access, text.rsplit_once(':'))
+        && before.contains(":/")
+        && !last.starts_with('/')
+    {
+        bail!("--volume `{text}`: `ro` or `rw` is expected at the end, not `{last}`");
+    }
     let (source, target) =
         rest.rsplit_once(':').filter(|(source, _)| !source.is_empty()).with_context(wrong)?;
     let is_path = source.contains('/') || source == "." || source == "..";
@@ -160,6 +174,8 @@ fn limits(args: &RunArgs) -> LimitsSpec {
         pids: args.pids,
         cpu_millis: args.cpu_millis,
         disk_bytes: args.disk.map(|size| size.0),
+        stdout_bytes: args.max_output.map(|size| size.0),
+        stderr_bytes: args.max_output.map(|size| size.0),
         ..LimitsSpec::default()
     }
 }
@@ -205,6 +221,10 @@ mod tests {
             script.to_str().expect("utf-8"),
             "-o",
             "/out/**",
+            "--output-dir",
+            "o",
+            "--max-output",
+            "2MiB",
             "--",
             "sh",
             "-c",
@@ -216,6 +236,7 @@ mod tests {
         assert_eq!(job.command.as_deref(), Some(&["sh".to_owned(), "-c".to_owned(), "x".to_owned()][..]));
         assert_eq!(job.limits.memory_bytes, Some(64 << 20));
         assert_eq!((job.limits.wall_time_ms, job.limits.cpu_time_ms), (Some(2000), Some(500)));
+        assert_eq!((job.limits.stdout_bytes, job.limits.stderr_bytes), (Some(2 << 20), Some(2 << 20)));
         assert_eq!(job.files[0].mode.bits(), 0o755);
         assert_eq!(job.stdin, Some(Content::inline("true")));
         assert_eq!(job.volumes[0].source, VolumeSource::Named("cache".to_owned()));
@@ -244,6 +265,9 @@ mod tests {
             (&["-v", "x", "--", "x"], "SRC:TARGET"),
             (&["-v", "/nowhere/x:/a", "--", "x"], "/nowhere/x"),
             (&["-v", "a:b", "--", "x"], "absolute"),
+            (&["-v", "/tmp:/c:xx", "--", "x"], "`ro` or `rw` is expected at the end, not `xx`"),
+            (&["-v", "a:/c:", "--", "x"], "`ro` or `rw` is expected"),
+            (&["--output-dir", "o", "--", "x"], "--output '/box/out/**'"),
             (&["--layer", "python", "--", "x"], "image:<reference>"),
             (&["--network", "host", "--", "x"], "egress"),
             (&["--cwd", "box", "--", "x"], "absolute"),

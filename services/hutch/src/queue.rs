@@ -12,7 +12,7 @@ use hutch_queue::Queue;
 use hutch_queue::embedded::{EmbeddedOptions, EmbeddedQueue};
 use hutch_queue::rabbitmq::{RabbitConfig, RabbitQueue};
 
-use crate::settings::{Settings, absolute};
+use crate::settings::Settings;
 use crate::term::Waiting;
 
 /// How long a queue may take to close.
@@ -20,7 +20,7 @@ const CLOSE: Duration = Duration::from_secs(10);
 
 /// The data directory, made if it is missing, and open to its owner alone.
 pub(crate) fn data_dir(settings: &Settings) -> anyhow::Result<PathBuf> {
-    let directory = absolute(&settings.data_dir)?;
+    let directory = settings.data_dir.clone();
     fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory).with_context(|| {
         format!("the data directory {} cannot be made: choose another with --data DIR", directory.display())
     })?;

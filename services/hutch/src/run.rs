@@ -44,6 +44,9 @@ fn conclude(args: &RunArgs, result: &JobResult) -> anyhow::Result<ExitCode> {
         term::line(serde_json::to_string_pretty(result).context("the result cannot be shown")?);
         return Ok(ExitCode::SUCCESS);
     }
+    for cut in verdict::cuts(result) {
+        term::note(format!("{cut}; --max-output SIZE keeps more"));
+    }
     if !args.quiet {
         if !verdict::is_success(result) {
             term::note(verdict::sentence(result));
@@ -103,7 +106,7 @@ impl Run<'_> {
             io::Seek::rewind(&mut file).context("the archive cannot be read")?;
             let unpacked = unpack::unpack(&file, directory)?;
             for skipped in &unpacked.skipped {
-                term::note(format!("left out: {}", term::safe(skipped)));
+                term::note(format!("left out: {}", term::safe_line(skipped)));
             }
         }
         if self.args.json {

@@ -78,6 +78,13 @@ pub(crate) async fn gateway(args: GatewayArgs, config: Option<&Path>) -> anyhow:
     let settings = settings::load(config, &flags)?.settings;
     let gateway_config = gateway_config(&settings)?;
     let listener = listen_for_jobs(&settings, &gateway_config).await?;
+    if settings.broker.url.is_none() {
+        // One process owns the file of the embedded queue: no worker can share it.
+        term::note(
+            "warning: jobs are taken and none is run: without a broker no worker can reach this gateway's queue; \
+             start `hutch up` for both in one process, or give gateway and workers the same --broker URL",
+        );
+    }
     let blobs = queue::store(&settings)?;
     let queue = queue::open(&settings, &blobs, For::Gateway).await?;
     let closing = CancellationToken::new();

@@ -30,7 +30,7 @@ fn check(file: &Path) -> anyhow::Result<ExitCode> {
 fn summary(job: &JobSpec) -> String {
     let programs = match (&job.command, job.steps.len()) {
         (Some(command), _) => {
-            format!("runs {}", term::safe(&command.join(" ")).chars().take(60).collect::<String>())
+            format!("runs {}", term::safe_line(&command.join(" ")).chars().take(60).collect::<String>())
         }
         (None, 0) => "runs its image's command".to_owned(),
         (None, steps) => format!("runs {steps} steps"),

@@ -27,15 +27,23 @@ pub(crate) fn fail(error: &anyhow::Error, code: u8) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Text of others, safe to show on a terminal: control characters are escaped, but for line ends and tabs.
-pub(crate) fn safe(text: &str) -> String {
-    text.chars()
-        .flat_map(|c| {
-            let plain = !c.is_control() || matches!(c, '\n' | '\t');
-            let escaped = (!plain).then(|| c.escape_default());
-            plain.then_some(c).into_iter().chain(escaped.into_iter().flatten())
-        })
-        .collect()
+/// Text of others, safe to put into a line of ours: it can neither end the line, nor turn it around, nor be obeyed
+/// by the terminal.
+pub(crate) fn safe_line(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() || is_bidi(c) {
+            safe.extend(c.escape_default());
+        } else {
+            safe.push(c);
+        }
+    }
+    safe
+}
+
+/// Whether a character sets the direction of what is around it (Unicode Standard Annex 9, section 2).
+fn is_bidi(c: char) -> bool {
+    matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// A line on a terminal that says what is waited for; nothing in a pipe.
@@ -81,7 +89,15 @@ mod tests {
 
     #[test]
     fn nothing_of_others_reaches_the_terminal_s_ear() {
-        assert_eq!(safe("a\tb\n"), "a\tb\n");
-        assert_eq!(safe("\x1b[31mred\u{9b}"), "\\u{1b}[31mred\\u{9b}");
+        assert_eq!(safe_line("\x1b[31mred\u{9b}"), "\\u{1b}[31mred\\u{9b}");
+    }
+
+    #[test]
+    fn a_line_of_ours_stays_one_line_and_runs_one_way() {
+        assert_eq!(safe_line("a\nhutch: b\tc"), "a\\nhutch: b\\tc");
+        for c in ['\u{200e}', '\u{200f}', '\u{202a}', '\u{202e}', '\u{2066}', '\u{2069}'] {
+            assert_eq!(safe_line(&format!("x{c}y")), format!("x{}y", c.escape_default()));
+        }
+        assert_eq!(safe_line("ü \u{2065} 日本"), "ü \u{2065} 日本");
     }
 }

@@ -24,6 +24,12 @@ pub(crate) async fn up(
 ) -> anyhow::Result<ExitCode> {
     let flags = slot_flags(flags(&args.serve), &args.slots).default_of("worker.allow_host_layer", true);
     let settings = settings::load(config, &flags)?.settings;
+    if settings.broker.url.is_some() {
+        term::note(
+            "broker.url is set and not used: `hutch up` has a queue of its own; `hutch worker` and `hutch gateway` \
+             use a broker",
+        );
+    }
     let gateway_config = gateway_config(&settings)?;
     let listener = listen_for_jobs(&settings, &gateway_config).await?;
     let address = listener.local_addr()?;

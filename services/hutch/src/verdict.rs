@@ -1,15 +1,15 @@
 //! A result in the words of people.
 
 use hutch_proto::units::ByteSize;
-use hutch_proto::{JobResult, Reason, Status, Usage};
+use hutch_proto::{Captured, JobResult, Reason, Status, Usage};
 
-use crate::term::safe;
+use crate::term::safe_line;
 
 /// How a job ended, in one line.
 pub(crate) fn sentence(result: &JobResult) -> String {
     let status = result.status.as_str().replace('_', " ");
     let message = match (result.message.is_empty(), result.reason) {
-        (false, _) => safe(&result.message),
+        (false, _) => safe_line(&result.message),
         (true, Some(reason)) => how(reason, result),
         (true, None) => String::new(),
     };
@@ -20,7 +20,7 @@ pub(crate) fn sentence(result: &JobResult) -> String {
 fn how(reason: Reason, result: &JobResult) -> String {
     match (reason, result.exit_code, &result.signal) {
         (Reason::NonzeroExit, Some(code), _) => format!("exit code {code}"),
-        (Reason::Signal, _, Some(signal)) => safe(signal),
+        (Reason::Signal, _, Some(signal)) => safe_line(signal),
         _ => reason.as_str().replace('_', " "),
     }
 }
@@ -47,6 +47,22 @@ pub(crate) fn usage(usage: &Usage) -> String {
         }
     }
     text
+}
+
+/// What was written and not kept, a line for each stream of each step. Who calls a job off has seen enough of it.
+pub(crate) fn cuts(result: &JobResult) -> Vec<String> {
+    if result.status == Status::Cancelled {
+        return Vec::new();
+    }
+    let streams = result.steps.iter().flat_map(|step| {
+        let step_name = (result.steps.len() > 1).then_some(&step.name);
+        [("stdout", &step.stdout, step_name), ("stderr", &step.stderr, step_name)]
+    });
+    let line = |(stream, captured, step): (&str, &Captured, Option<&String>)| {
+        let of = step.map(|name| format!(" of step {}", safe_line(name))).unwrap_or_default();
+        format!("{stream}{of} is cut: {} of {} bytes were kept", captured.data.len(), captured.bytes)
+    };
+    streams.filter(|(_, captured, _)| captured.truncated).map(line).collect()
 }
 
 /// Whether a job did what it was meant to.

@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use serde_json::json;
 
 use crate::cli::VolumeCommand;
-use crate::settings::{self, Flags, absolute};
+use crate::settings::{self, Flags};
 use crate::{exit, term, verdict};
 
 /// Lists or removes volumes.
@@ -22,7 +22,7 @@ pub(crate) fn volume(command: VolumeCommand, config: Option<&Path>) -> anyhow::R
 
 fn home(data_dir: Option<PathBuf>, config: Option<&Path>) -> anyhow::Result<PathBuf> {
     let flags = Flags::default().set("data_dir", "--data", data_dir.map(|path| path.display().to_string()));
-    Ok(absolute(&settings::load(config, &flags)?.settings.data_dir)?.join("volumes"))
+    Ok(settings::load(config, &flags)?.settings.data_dir.join("volumes"))
 }
 
 fn list(home: &Path, as_json: bool) -> anyhow::Result<ExitCode> {

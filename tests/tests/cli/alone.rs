@@ -1,6 +1,11 @@
 //! Commands that need neither a sandbox nor a gateway.
 
-use hutch_tests::house::House;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+
+use hutch_tests::house::{Done, House};
+
+use crate::first_line;
 
 #[test]
 fn help_has_examples_and_wrong_usage_ends_with_2() {
@@ -79,6 +84,42 @@ fn nobody_listens_to_the_world_without_tokens() {
     assert!(done.stderr.contains("tokens_file"), "{done:?}");
     let done = house.hutch(&["gateway", "--listen", "somewhere"]);
     assert!(done.code == 1 && done.stderr.contains("somewhere"), "{done:?}");
+}
+
+#[test]
+fn a_gateway_that_no_worker_can_reach_says_so() {
+    let house = House::new();
+    let said = first_line(house.command(&["gateway", "--listen", "127.0.0.1:0"]));
+    assert!(said.contains("hutch up") && said.contains("--broker"), "{said}");
+}
+
+#[test]
+fn the_doctor_lists_all_findings_also_to_a_user_who_may_do_nothing() {
+    let house = House::new();
+    // The house and the binary are root's alone.
+    let open = std::fs::Permissions::from_mode(0o777);
+    std::fs::set_permissions(house.path("."), open).expect("open");
+    let binary = house.path("hutch");
+    std::fs::copy(hutch_tests::hutch::binary(), &binary).expect("copy");
+    let doctor = |arguments: &[&str]| -> Done {
+        let mut command = std::process::Command::new(&binary);
+        command.args(arguments).current_dir(house.path(".")).env("HUTCH__DATA_DIR", house.path("data"));
+        if nix::unistd::geteuid().is_root() {
+            command.uid(65_534).gid(65_534);
+        }
+        command.output().expect("run").into()
+    };
+    let json = doctor(&["doctor", "--json"]);
+    let findings = json.json()["findings"].as_array().expect("findings").clone();
+    let names: Vec<_> = findings.iter().filter_map(|finding| finding["name"].as_str()).collect();
+    assert_eq!(names, ["kernel", "user", "core_pattern", "data", "sandbox"]);
+    for finding in &findings {
+        assert_eq!(finding["remedy"] == "", finding["grade"] == "ok", "{finding}");
+    }
+    let text = doctor(&["doctor"]);
+    assert_eq!((json.code, text.code), (1, 1), "{text:?}");
+    assert_eq!(json.json()["ok"], false);
+    assert!(text.stdout.contains("FAIL  sandbox") && text.stdout.contains("CAP_SYS_ADMIN"), "{text:?}");
 }
 
 #[test]

@@ -41,6 +41,19 @@ fn what_the_program_writes_goes_straight_through() {
 }
 
 #[test]
+fn output_that_is_cut_is_said_so() {
+    let Some(house) = House::with_sandboxes() else { return };
+    let write = ["--", "head", "-c", "1500000", "/dev/zero"];
+    let done = house.hutch(&[&["run", "-q"], &write[..]].concat());
+    assert_eq!((done.code, done.stdout.len()), (0, 1 << 20));
+    for word in ["stdout is cut: 1048576 of 1500000 bytes were kept", "--max-output"] {
+        assert!(done.stderr.contains(word), "{}", done.stderr);
+    }
+    let done = house.hutch(&[&["run", "--max-output", "2MiB"], &write[..]].concat());
+    assert_eq!((done.stdout.len(), done.stderr.as_str()), (1_500_000, ""));
+}
+
+#[test]
 fn flags_reach_the_sandbox() {
     let Some(house) = House::with_sandboxes() else { return };
     let script = house.file("main.sh", "echo \"$GREETING from $(pwd) as $(id -u)\"\n");
@@ -113,6 +126,18 @@ fn the_result_can_be_had_as_json() {
     assert_eq!((&result["status"], &result["exit_code"]), (&"failed".into(), &3.into()));
     assert_eq!(result["stdout"]["text"], "hi\n");
     assert!(result["usage"]["memory_peak_bytes"].as_u64().is_some_and(|bytes| bytes > 0));
+}
+
+#[test]
+fn data_may_be_kept_at_a_relative_path() {
+    let Some(house) = House::with_sandboxes() else { return };
+    let spec = house.file(
+        "job.json",
+        r#"{"layers": ["host"], "cwd": "/box", "command": ["touch", "a"], "outputs": {"paths": ["/box/**"]}}"#,
+    );
+    let done = house.hutch(&["run", "--json", "--data", "d", &spec]);
+    assert_eq!(done.code, 0, "{done:?}");
+    assert!(done.json()["outputs"]["archive"]["blob"].is_string(), "{done:?}");
 }
 
 #[test]

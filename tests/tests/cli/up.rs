@@ -5,6 +5,8 @@ use serde_json::Value;
 
 use hutch_tests::house::{Done, House, Served};
 
+use crate::first_line;
+
 fn client(house: &House, served: &Served, arguments: &[&str]) -> Done {
     let (command, rest) = arguments.split_first().expect("command");
     house.hutch(&[&[*command, "--url", served.url.as_str()], rest].concat())
@@ -26,6 +28,10 @@ fn a_job_goes_all_the_way() {
     let done = run(&["submit", "--follow", &spec]);
     assert_eq!((done.code, done.stdout.as_str()), (4, "out\n"), "{done:?}");
     assert!(done.stderr.contains("err\n") && done.stderr.contains("failed"), "{done:?}");
+
+    let long = r#"{"layers": ["host"], "command": ["head", "-c", "1500000", "/dev/zero"]}"#;
+    let done = run(&["submit", "--follow", &house.file("long.json", long)]);
+    assert!(done.stderr.contains("1048576 of 1500000 bytes") && done.stderr.contains("limits.stdout_bytes"));
 
     let id = run(&["submit", &spec]).stdout.trim().to_owned();
     let logs = run(&["logs", "-f", &id]);
@@ -81,6 +87,15 @@ fn what_was_accepted_survives_a_kill() {
     let served = house.serve(&["up", "--slots", "1"]);
     let logs = client(&house, &served, &["logs", "-f", &id]);
     assert_eq!(logs.stdout, "late\n", "{logs:?}");
+}
+
+#[test]
+fn a_broker_that_is_not_used_is_said_so() {
+    let Some(house) = House::with_sandboxes() else { return };
+    let mut command = house.command(&["up", "--listen", "127.0.0.1:0"]);
+    command.env("HUTCH__BROKER__URL", "amqp://127.0.0.1:1");
+    let said = first_line(command);
+    assert!(said.contains("broker.url is set and not used"), "{said}");
 }
 
 #[test]

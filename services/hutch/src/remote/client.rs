@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::cli::ClientArgs;
-use crate::term::safe;
+use crate::term::safe_line;
 
 /// How long a connection may take.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -126,12 +126,12 @@ pub(crate) async fn refusal(answer: Response) -> anyhow::Error {
                 }
             })
             .collect();
-        return anyhow!("{}: {}", safe(&problem.title).to_lowercase(), safe(&lines.join("; ")));
+        return anyhow!("{}: {}", safe_line(&problem.title).to_lowercase(), safe_line(&lines.join("; ")));
     }
     let detail = if problem.detail.is_empty() {
         format!("the gateway answered {status}")
     } else {
-        safe(&problem.detail)
+        safe_line(&problem.detail)
     };
     match status {
         StatusCode::UNAUTHORIZED => anyhow!("{detail}; give it with --token or HUTCH_TOKEN"),

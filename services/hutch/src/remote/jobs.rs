@@ -27,7 +27,7 @@ fn describe(view: &JobView) -> String {
     let mut lines = vec![("job", view.id.to_string()), ("submitted", view.submitted_at.to_string())];
     if !view.labels.is_empty() {
         let labels: Vec<String> = view.labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
-        lines.push(("labels", term::safe(&labels.join(", "))));
+        lines.push(("labels", term::safe_line(&labels.join(", "))));
     }
     match &view.result {
         None => lines.push(("state", view.state.to_string())),
@@ -35,7 +35,7 @@ fn describe(view: &JobView) -> String {
             lines.push(("verdict", verdict::sentence(result)));
             if result.timeline.started_at.is_some() {
                 lines.push(("used", verdict::usage(&result.usage)));
-                let worker = format!("{}, attempt {}", term::safe(&result.worker), result.attempt);
+                let worker = format!("{}, attempt {}", term::safe_line(&result.worker), result.attempt);
                 lines.push(("worker", worker));
             }
             if !result.outputs.files.is_empty() {

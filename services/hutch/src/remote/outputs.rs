@@ -48,7 +48,7 @@ fn list(outputs: &Outputs) -> String {
         format!(
             "{kind:<8} {mode:<5} {:>10}  {}\n",
             verdict::size(file.bytes),
-            term::safe(&format!("{}{target}", file.path))
+            term::safe_line(&format!("{}{target}", file.path))
         )
     };
     outputs.files.iter().map(line).collect()
@@ -61,7 +61,7 @@ async fn extract(client: &Client, outputs: &Outputs, directory: &Path) -> anyhow
     let file = fetch(client, archive).await?;
     let unpacked = unpack::unpack(file, directory)?;
     for skipped in &unpacked.skipped {
-        term::note(format!("left out: {}", term::safe(skipped)));
+        term::note(format!("left out: {}", term::safe_line(skipped)));
     }
     term::note(format!("{} entries are in {}", unpacked.entries, directory.display()));
     Ok(())

@@ -5,9 +5,10 @@
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use hutch_proto::{JobId, JobResult, JobSpec};
 use reqwest::{Method, StatusCode};
+use serde::Deserialize;
 
 use super::client::{Client, refusal};
 use super::follow::follow;
@@ -44,10 +45,21 @@ pub(crate) async fn submit(args: SubmitArgs) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::from(exit::FAILURE));
     }
     let result = result_of(&client, job.id).await?;
+    for cut in verdict::cuts(&result) {
+        term::note(format!("{cut}; limits.stdout_bytes and limits.stderr_bytes of the spec keep more"));
+    }
     if !verdict::is_success(&result) {
         term::note(verdict::sentence(&result));
     }
     Ok(exit::of(&result))
+}
+
+/// What a gateway says of a job that it took.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Accepted {
+    /// Why it will not show the result, if it will not.
+    withheld: Option<String>,
 }
 
 /// One job on its way to a gateway.
@@ -106,7 +118,14 @@ impl<'a> Handing<'a> {
                     let bytes = answer.bytes().await?;
                     serde_json::from_slice(&bytes).map(Some).context("the gateway's result is not understood")
                 }
-                status if status.is_success() => Ok(None),
+                status if status.is_success() => {
+                    let answer: Accepted = serde_json::from_slice(&answer.bytes().await?).unwrap_or_default();
+                    match answer.withheld {
+                        // Asking again would be answered so for ever.
+                        Some(why) => bail!("job {} was handed in; {}", self.id, term::safe_line(&why)),
+                        None => Ok(None),
+                    }
+                }
                 _ => Err(refusal(answer).await),
             };
         }
@@ -121,5 +140,5 @@ async fn result_of(client: &Client, id: JobId) -> anyhow::Result<JobResult> {
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    anyhow::bail!("job {id} has ended, but its result is not there yet: try `hutch status {id}`")
+    bail!("job {id} has ended, but its result is not there yet: try `hutch status {id}`")
 }

@@ -2,8 +2,9 @@
 //!
 //! 1. The layers are merged by the `config` crate; every value remembers where it comes from.
 //! 2. A key that nothing reads is an error that names it, and the key that was likely meant.
-//! 3. The rest is read into [`Settings`].
+//! 3. The rest is read into [`Settings`], and `data_dir` made absolute: no one after this sees a relative one.
 
+mod check;
 mod keys;
 mod limits;
 mod show;
@@ -30,6 +31,7 @@ const PLACES: [&str; 2] = ["hutch.toml", "/etc/hutch/hutch.toml"];
 pub(crate) struct Settings {
     /// Where `up`, `worker` and `gateway` listen; each has its own default.
     pub(crate) listen: Option<String>,
+    /// Where everything is kept; absolute.
     pub(crate) data_dir: PathBuf,
     pub(crate) worker: WorkerSettings,
     #[serde(default)]
@@ -123,8 +125,9 @@ fn load_with(
         .add_source(source::flags(flags))
         .build()
         .map_err(|error| anyhow!("the config cannot be read: {error}"))?;
-    let settings = read(&merged)?;
-    check(&settings)?;
+    let mut settings = read(&merged)?;
+    settings.data_dir = absolute(&settings.data_dir)?;
+    check::check(&settings)?;
     Ok(Loaded { settings, merged, file })
 }
 
@@ -152,36 +155,6 @@ fn read(merged: &Config) -> anyhow::Result<Settings> {
     settings.map_err(|error| anyhow!("the config is wrong: {error}"))
 }
 
-/// What the types cannot say.
-fn check(settings: &Settings) -> anyhow::Result<()> {
-    let worker = &settings.worker;
-    if !(1..=1024).contains(&worker.slots) {
-        bail!("worker.slots: 1 to 1024 are possible, not {}", worker.slots);
-    }
-    if worker.queues.is_empty() {
-        bail!("worker.queues: at least one queue is needed, such as [\"default\"]");
-    }
-    for name in worker.queues.iter().chain([&worker.name]) {
-        if !hutch_proto::is_name(name) {
-            bail!(
-                "`{name}` is no name of a queue or worker: 1 to 63 letters, digits, `-`, `_` and `.` are expected"
-            );
-        }
-    }
-    for path in worker.allowed_host_paths.iter().chain(&worker.layer_dirs) {
-        if !path.is_absolute() {
-            bail!(
-                "{} is not absolute: worker.allowed_host_paths and worker.layer_dirs must be",
-                path.display()
-            );
-        }
-    }
-    if worker.lease.0 < 1000 {
-        bail!("worker.lease: at least 1s is needed, not {}", worker.lease);
-    }
-    settings.limits().map(drop)
-}
-
 /// The data directory when none is set: `/var/lib/hutch` as root, else below the user's state.
 fn default_data_dir(variable: impl Fn(&str) -> Option<String>, root: bool) -> PathBuf {
     if root {
@@ -194,9 +167,12 @@ fn default_data_dir(variable: impl Fn(&str) -> Option<String>, root: bool) -> Pa
         .join("hutch")
 }
 
-/// A path of the settings made absolute, so that it stays the same wherever it is used.
-pub(crate) fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
-    std::path::absolute(path).with_context(|| format!("{} is no path", path.display()))
+/// The data directory made absolute, from the directory that this command was started in: the address of the store
+/// and the mounts of jobs are made of it.
+fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
+    std::path::absolute(path).with_context(|| {
+        format!("data_dir: `{}` is no path: a directory such as /var/lib/hutch is expected", path.display())
+    })
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ pub(crate) fn show(loaded: &Loaded) -> String {
         match source::value(&loaded.merged, &path) {
             Some(value) => {
                 let origin = value.origin().unwrap_or("default").to_owned();
-                let line = format!("{path} = {}", literal(&value.kind));
+                let line = format!("{path} = {}", literal(&shown(&path, &value.kind)));
                 let _ = writeln!(text, "{line:<58} # {}", source_of(&origin));
             }
             None => {
@@ -31,6 +31,26 @@ pub(crate) fn show(loaded: &Loaded) -> String {
     text.push_str("# worker.default_limits.* and worker.max_limits.*: any limit of a spec, such as\n");
     text.push_str("# worker.max_limits.memory_bytes = \"4GiB\"\n");
     text
+}
+
+/// A value as it may be shown: what is printed here ends up in tickets and logs.
+fn shown(path: &str, kind: &ValueKind) -> ValueKind {
+    match kind {
+        ValueKind::String(url) if path.ends_with(".url") => ValueKind::String(masked(url)),
+        other => other.clone(),
+    }
+}
+
+/// An address without its password (RFC 3986, section 3.2.1).
+pub(super) fn masked(url: &str) -> String {
+    let begin = url.find("://").map_or(0, |at| at + 3);
+    let (scheme, rest) = url.split_at(begin);
+    // A password may have a `/` that should have been escaped: the last `@` ends it all the same.
+    let Some((user, host)) = rest.rsplit_once('@') else { return url.to_owned() };
+    match user.split_once(':') {
+        Some((name, _)) => format!("{scheme}{name}:***@{host}"),
+        None => url.to_owned(),
+    }
 }
 
 /// A file's origin is its path; the others say what they are.

@@ -45,6 +45,21 @@ fn each_layer_beats_the_one_before() {
 }
 
 #[test]
+fn data_is_kept_at_an_absolute_path_whoever_names_it() {
+    let here = std::env::current_dir().expect("current directory").join("state");
+    let flag = Flags::default().set("data_dir", "--data", Some("./state"));
+    for (text, pairs, flags) in [
+        ("data_dir = \"state\"", &[][..], Flags::default()),
+        ("", &[("HUTCH__DATA_DIR", "./state")], Flags::default()),
+        ("", &[], flag),
+    ] {
+        let settings = load_text(text, pairs, &flags).expect("loaded").settings;
+        assert_eq!((&settings.data_dir, settings.store_url()), (&here, format!("file://{}", here.display())));
+    }
+    assert!(error_of("data_dir = \"\"").contains("data_dir"));
+}
+
+#[test]
 fn unknown_keys_are_named_with_what_was_meant() {
     for (text, words) in [
         ("[worker]\nslotz = 1", &["worker.slotz", "worker.slots", ".toml"][..]),
@@ -73,6 +88,15 @@ fn wrong_values_are_named_with_their_key() {
         ("[worker]\nlayer_dirs = [\"x\"]", &["worker.layer_dirs", "absolute"]),
         ("[worker.max_limits]\nmemory_bytes = \"much\"", &["worker.max_limits.memory_bytes", "256MiB"]),
         ("[worker.default_limits]\npids = 9\n[worker.max_limits]\npids = 8", &["default_limits.pids", "8"]),
+        ("listen = \"somewhere\"", &["listen", "somewhere", "127.0.0.1:7070"]),
+        ("listen = \":7070\"", &["listen", "127.0.0.1:7070"]),
+        ("listen = \"127.0.0.1:99999\"", &["listen", "127.0.0.1:7070"]),
+        ("store.url = \"ftp://u:secret@h/x\"", &["store.url", "ftp://u:***@h/x", "file:///"]),
+        ("store.url = \"file://relative\"", &["store.url", "file:///"]),
+        ("broker.url = \"http://u:secret@h\"", &["broker.url", "http://u:***@h", "amqp://"]),
+        ("worker.metric_labels = [\"status\"]", &["worker.metric_labels", "`status`", "queue, status"]),
+        ("worker.metric_labels = [\"a-b\", \"a.b\"]", &["worker.metric_labels", "`a.b`", "a-b"]),
+        ("worker.metric_labels = [\"1x\"]", &["worker.metric_labels", "`1x`"]),
         ("[worker\n", &["config"]),
     ] {
         let error = error_of(text);
@@ -90,6 +114,37 @@ fn limits_take_human_units_and_a_default_never_exceeds_its_maximum() {
     let limits = policy.resolve(&hutch_proto::LimitsSpec::default(), "limits").expect("resolved");
     assert_eq!((limits.memory_bytes, limits.wall_time_ms, limits.pids), (64 << 20, 4000, 10));
     assert_eq!(limits.cpuset.as_deref(), Some("0-1"));
+}
+
+#[test]
+fn no_password_is_shown() {
+    for (url, expected) in [
+        ("amqp://guest:se/cr@et@127.0.0.1:5672/%2f", "amqp://guest:***@127.0.0.1:5672/%2f"),
+        ("amqp://guest@127.0.0.1", "amqp://guest@127.0.0.1"),
+        ("amqp://127.0.0.1:5672", "amqp://127.0.0.1:5672"),
+    ] {
+        let loaded = load_text(&format!("broker.url = \"{url}\""), &[], &Flags::default()).expect("loaded");
+        let shown = show(&loaded);
+        assert!(shown.contains(&format!("broker.url = \"{expected}\" ")), "{shown}");
+        assert_eq!(loaded.settings.broker.url.as_deref(), Some(url), "used as it is");
+    }
+    let store =
+        load_text("store.url = \"s3://key:secret@bucket/p\"", &[], &Flags::default()).expect("loaded");
+    assert!(!show(&store).contains("secret"));
+}
+
+#[test]
+fn addresses_that_services_take_are_taken() {
+    for text in [
+        "listen = \"localhost:0\"",
+        "listen = \"[::1]:7070\"",
+        "store.url = \"s3://bucket/prefix\"",
+        "store.url = \"memory:///\"",
+        "broker.url = \"amqp://u:p@h:5672/%2f?heartbeat=30\"",
+        "worker.metric_labels = [\"tenant\", \"a-b\"]",
+    ] {
+        assert!(load_text(text, &[], &Flags::default()).is_ok(), "{text}");
+    }
 }
 
 #[test]
