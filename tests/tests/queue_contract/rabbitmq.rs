@@ -14,7 +14,7 @@ use lapin::types::FieldTable;
 use object_store::memory::InMemory;
 
 use crate::amqp::{Foreign, header};
-use crate::home::{Home, consumer, consumer_of, job, result, soon, success, take, unique, until, view};
+use crate::home::{Home, consumer, job, result, soon, success, take, unique, until, view};
 
 /// One gateway that is also a worker, on a broker that all tests share.
 struct Rabbit {
@@ -349,23 +349,6 @@ async fn another_topology_is_refused() {
     assert!(matches!(home.queue.submit(&job(&name)).await, Err(QueueError::Setup(_))));
     channel.queue_delete(queue.as_str().into(), Default::default()).await.unwrap();
     assert_eq!(home.queue.submit(&job(&name)).await.unwrap(), Submitted::New);
-}
-
-/// More output than a broker carries.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_huge_result_is_cut_and_told() {
-    let home = Rabbit::start().await;
-    let (queue, name) = (home.queue(), unique("huge"));
-    let spec = job(&name);
-    queue.submit(&spec).await.unwrap();
-    let mut consumer = consumer_of(&queue, &[&name], Duration::from_secs(30)).await;
-    let lease = take(&mut consumer).await;
-    let answer = success(&lease, &"x".repeat(40 << 20));
-    assert_eq!(consumer.finish(lease, answer).await.unwrap(), Finished::Recorded);
-    let told = result(&queue, spec.id).await;
-    assert!(told.stdout.truncated);
-    assert_eq!(told.stdout.bytes, 40 << 20);
-    assert!(told.stdout.data.len() > 1 << 20);
 }
 
 /// A spec of the size that is allowed at most.

@@ -11,7 +11,6 @@
 
 mod admit;
 mod bell;
-mod cap;
 mod consumer;
 mod core;
 mod feeds;

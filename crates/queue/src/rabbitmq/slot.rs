@@ -327,7 +327,7 @@ impl Slot {
     }
 
     async fn finish(&mut self, lease: &Lease, mut result: JobResult) -> Result<Finished, QueueError> {
-        super::cap::fit(&mut result);
+        crate::cap::fit(&mut result);
         let record = Record::new(result)?;
         let outcome = self.core.conclude(record, &lease.job.queue, &self.gone).await;
         self.in_hand.take_if(|job| job.token == lease.token.0);
