@@ -149,7 +149,7 @@ pub struct Captured {
     pub truncated: bool,
 }
 
-/// The wire form of [`Captured`]: `text`, or `base64` where the bytes are not UTF-8.
+/// The wire form of [`Captured`]: `text`, or `base64` where the bytes are not UTF-8, or long and shorter so.
 #[derive(Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "Captured")]
@@ -157,7 +157,7 @@ struct RawCaptured {
     /// The bytes as UTF-8 text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     text: Option<String>,
-    /// The bytes in base64, where they are not UTF-8.
+    /// The bytes in base64, where they are not UTF-8, or long and shorter so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     base64: Option<String>,
     /// How many bytes were written in all.
@@ -168,19 +168,80 @@ struct RawCaptured {
 
 impl Serialize for Captured {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let text = str::from_utf8(&self.data).ok().or_else(|| self.cut_text()).map(str::to_owned);
+        let text = self.wire_text().map(str::to_owned);
         let base64 = if text.is_some() { None } else { Some(STANDARD.encode(&self.data)) };
         RawCaptured { text, base64, bytes: self.bytes, truncated: self.truncated }.serialize(serializer)
     }
 }
 
 impl Captured {
+    /// Bytes of text from which on base64 is sent in its place, where that is shorter.
+    pub const LARGE_TEXT: usize = 64 << 10;
+
+    /// How many bytes the output takes in JSON, without the quotes around it.
+    #[must_use]
+    pub fn wire_bytes(&self) -> usize {
+        self.wire_text().map_or_else(|| base64_bytes(self.data.len()), escaped_bytes)
+    }
+
+    /// The output as text, as far as it is UTF-8: all of it, or all but a character that the cap cut in two.
+    #[must_use]
+    pub fn text(&self) -> Option<&str> {
+        str::from_utf8(&self.data).ok().or_else(|| self.cut_text())
+    }
+
+    /// Keeps as many whole characters, or bytes, from the start as take at most `most` bytes in JSON.
+    pub fn cut_to(&mut self, most: usize) {
+        while self.wire_bytes() > most {
+            self.truncated = true;
+            // More than once where the start of what is no text is text.
+            let end = self.text().map_or(most / 4 * 3, |text| text_end(text, most));
+            self.data.truncate(end);
+        }
+    }
+
+    /// What is sent as text; none where base64 is sent.
+    fn wire_text(&self) -> Option<&str> {
+        self.text().filter(|text| {
+            text.len() <= Self::LARGE_TEXT || escaped_bytes(text) <= base64_bytes(self.data.len())
+        })
+    }
+
     /// The text before a character that was cut in two by the cap, where that is all that is wrong.
     fn cut_text(&self) -> Option<&str> {
         let error = str::from_utf8(&self.data).err()?;
         (self.truncated && error.error_len().is_none())
             .then(|| str::from_utf8(&self.data[..error.valid_up_to()]).ok())
             .flatten()
+    }
+}
+
+fn base64_bytes(bytes: usize) -> usize {
+    bytes.div_ceil(3) * 4
+}
+
+/// Where a text is to be cut so that it takes at most `most` bytes in JSON, in the better form.
+fn text_end(text: &str, most: usize) -> usize {
+    let mut left = most;
+    let mut fits = |byte: u8| left.checked_sub(escaped_byte(byte)).map(|less| left = less).is_some();
+    let boundary =
+        |at: usize| (0..=at.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    let as_text = boundary(text.bytes().position(|byte| !fits(byte)).unwrap_or(text.len()));
+    let as_base64 = boundary(most / 4 * 3);
+    if as_base64 > Captured::LARGE_TEXT { as_text.max(as_base64) } else { as_text }
+}
+
+/// Bytes of a text in JSON: a control character may take six.
+fn escaped_bytes(text: &str) -> usize {
+    text.bytes().map(escaped_byte).sum()
+}
+
+/// Bytes of one byte of text in JSON.
+fn escaped_byte(byte: u8) -> usize {
+    match byte {
+        b'"' | b'\\' | b'\n' | b'\r' | b'\t' | 8 | 12 => 2,
+        0..32 => 6,
+        _ => 1,
     }
 }
 

@@ -27,6 +27,53 @@ fn output_is_text_where_it_can_be() {
     assert_eq!(serde_json::to_string(&cut).expect("json"), r#"{"text":"a","bytes":9,"truncated":true}"#);
 }
 
+/// What costs more as escaped text than as base64 goes as base64, and is the same afterwards.
+#[test]
+fn large_text_takes_the_shorter_form() {
+    let (small, large) = (Captured::LARGE_TEXT, Captured::LARGE_TEXT + 1);
+    for (data, form) in [
+        (vec![0; small], "text"),
+        (vec![0; large], "base64"),
+        (vec![b'a'; large], "text"),
+        (vec![b'\n'; large], "base64"),
+        ("é".repeat(large).into_bytes(), "text"),
+        (vec![0xff; small], "base64"),
+    ] {
+        let captured = Captured { bytes: data.len() as u64, data, truncated: false };
+        let wire = serde_json::to_string(&captured).expect("json");
+        assert!(wire.starts_with(&format!("{{\"{form}\":\"")), "{}", &wire[..20]);
+        let around = format!("{{\"{form}\":\"\",\"bytes\":{},\"truncated\":false}}", captured.bytes);
+        assert_eq!(wire.len(), around.len() + captured.wire_bytes());
+        assert_eq!(captured, serde_json::from_str::<Captured>(&wire).expect("captured"));
+    }
+}
+
+#[test]
+fn a_cut_keeps_what_fits() {
+    const MOST: usize = 400 << 10;
+    let mixed = [vec![0; 1 << 20], vec![0xff]].concat();
+    let late = [vec![b'a'; 1 << 20], vec![0xff]].concat();
+    for (data, kept) in [
+        (vec![b'a'; 1 << 20], MOST),
+        (vec![0; 1 << 20], MOST / 4 * 3),
+        (vec![0xff; 1 << 20], MOST / 4 * 3),
+        ("é".repeat(1 << 19).into_bytes(), MOST),
+        (mixed, MOST / 4 * 3),
+        (late, MOST / 4 * 3),
+    ] {
+        let mut captured = Captured { bytes: data.len() as u64, data, truncated: false };
+        captured.cut_to(MOST);
+        assert!(captured.truncated);
+        assert_eq!(captured.data.len(), kept);
+        assert!(captured.wire_bytes() <= MOST);
+    }
+    let mut nuls = Captured { data: vec![0; 1000], bytes: 1000, truncated: false };
+    nuls.cut_to(60);
+    assert_eq!(nuls.data.len(), 10, "short text stays text");
+    nuls.cut_to(60);
+    assert_eq!(nuls.data.len(), 10);
+}
+
 #[test]
 fn human_units() {
     assert_eq!("256MiB".parse(), Ok(ByteSize(268_435_456)));

@@ -13,6 +13,7 @@
 //!
 //! [`embedded`] is SQLite, for one machine; [`rabbitmq`] is for more than one.
 
+mod cap;
 pub mod embedded;
 pub mod rabbitmq;
 mod sequence;
@@ -95,8 +96,9 @@ pub trait Consumer: Send {
     /// Makes the result the job's terminal record, tells of it, and lets the job go.
     ///
     /// # Errors
-    /// [`QueueError::Fenced`] if the lease was lost to another consumer meanwhile. Waits out a queue
-    /// that cannot be reached.
+    /// [`QueueError::Fenced`] if the lease was lost to another consumer meanwhile; [`QueueError::Setup`] if
+    /// this result cannot be kept, now or later: the job was given back as failed. Waits out a queue that
+    /// cannot be reached. Output beyond what the queue carries is cut, and the result says so.
     async fn finish(&mut self, lease: Lease, result: JobResult) -> Result<Finished, QueueError>;
 
     /// Puts the job back so that another may take it.

@@ -187,8 +187,15 @@ impl Slot {
         );
         // The queue needs the result whole; what the metrics need of it is small.
         let measured = measured(&result);
-        if self.answer(consumer.finish(lease, result)).await? == Finished::Recorded {
-            self.metrics.answered(&queue, &measured);
+        match self.answer(consumer.finish(lease, result)).await {
+            Ok(Finished::Recorded) => self.metrics.answered(&queue, &measured),
+            Ok(Finished::AlreadyFinished) => {}
+            Err(error @ QueueError::Setup(_)) => {
+                // This result alone cannot be kept, and the queue has taken the job back.
+                tracing::error!(slot = self.number, id = %measured.id, %error);
+                self.metrics.fault(&queue, Reason::HostError, None);
+            }
+            Err(error) => return Err(error),
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ use lapin::types::FieldTable;
 use object_store::memory::InMemory;
 
 use crate::amqp::{Foreign, header};
-use crate::home::{Home, consumer, consumer_of, job, result, soon, success, take, unique, until, view};
+use crate::home::{Home, consumer, job, result, soon, success, take, unique, until, view};
 
 /// One gateway that is also a worker, on a broker that all tests share.
 struct Rabbit {
@@ -244,6 +244,76 @@ async fn priorities_of_foreign_messages_are_kept() {
     assert_eq!(order, [(ids[2], 4), (ids[0], 2), (ids[1], 1)]);
 }
 
+impl Rabbit {
+    /// Publishes as another program does: to the job queue's name, whatever the priority.
+    async fn publish(&self, name: &str, priority: u8) -> JobId {
+        let id = JobId::generate();
+        let mut text = body(name);
+        text["id"] = id.to_string().into();
+        text["priority"] = priority.into();
+        text["max_attempts"] = 1.into();
+        self.foreign.publish("hutch.jobs", name, text.to_string().as_bytes(), Default::default()).await;
+        id
+    }
+}
+
+/// Takes and finishes the next job; its id, priority and attempt.
+async fn run(consumer: &mut Box<dyn hutch_queue::Consumer>) -> (JobId, u8, u32) {
+    let lease = take(consumer).await;
+    let seen = (lease.job.id, lease.job.priority, lease.attempt);
+    let answer = success(&lease, "");
+    assert_eq!(consumer.finish(lease, answer).await.unwrap(), Finished::Recorded);
+    seen
+}
+
+/// Highest first, and those of one priority in the order in which they came; no attempt is spent by it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_of_foreign_messages_is_sorted() {
+    const PRIORITIES: [u8; 8] = [0, 4, 31, 5, 10, 4, 31, 3];
+    let home = Rabbit::start().await;
+    let (queue, name) = (home.queue(), unique("backlog"));
+    // So that the queue is there.
+    drop(consumer(&queue, &name).await);
+    let mut expected = Vec::new();
+    // More than are in hand at one time.
+    for (number, priority) in PRIORITIES.iter().cycle().take(40).enumerate() {
+        expected.push((31 - priority, number, home.publish(&name, *priority).await));
+    }
+    expected.sort();
+    let mut consumer = consumer(&queue, &name).await;
+    for (below, _, id) in expected {
+        assert_eq!(run(&mut consumer).await, (id, 31 - below, 1));
+    }
+}
+
+/// While a slot is busy, what comes waits with what waits already, whoever sent it.
+#[tokio::test(flavor = "multi_thread")]
+async fn foreign_messages_wait_with_ours() {
+    let home = Rabbit::start().await;
+    let (queue, name) = (home.queue(), unique("together"));
+    let mut consumer = consumer(&queue, &name).await;
+    home.publish(&name, 4).await;
+    let busy = take(&mut consumer).await;
+    let low = home.publish(&name, 1).await;
+    let first = home.publish(&name, 4).await;
+    let ours = job(&name);
+    queue.submit(&ours).await.unwrap();
+    let last = home.publish(&name, 4).await;
+    let mut urgent = job(&name);
+    urgent.priority = 20;
+    queue.submit(&urgent).await.unwrap();
+    let answer = success(&busy, "");
+    consumer.finish(busy, answer).await.unwrap();
+    assert_eq!(run(&mut consumer).await, (urgent.id, 20, 1));
+    assert_eq!(run(&mut consumer).await, (first, 4, 1));
+    // It overtakes what was sorted before it came.
+    let late = home.publish(&name, 31).await;
+    assert_eq!(run(&mut consumer).await, (late, 31, 1));
+    assert_eq!(run(&mut consumer).await, (ours.id, 4, 1));
+    assert_eq!(run(&mut consumer).await, (last, 4, 1));
+    assert_eq!(run(&mut consumer).await, (low, 1, 1));
+}
+
 /// A worker elsewhere, without an index of its own.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wish_to_cancel_reaches_a_worker_elsewhere() {
@@ -349,23 +419,6 @@ async fn another_topology_is_refused() {
     assert!(matches!(home.queue.submit(&job(&name)).await, Err(QueueError::Setup(_))));
     channel.queue_delete(queue.as_str().into(), Default::default()).await.unwrap();
     assert_eq!(home.queue.submit(&job(&name)).await.unwrap(), Submitted::New);
-}
-
-/// More output than a broker carries.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_huge_result_is_cut_and_told() {
-    let home = Rabbit::start().await;
-    let (queue, name) = (home.queue(), unique("huge"));
-    let spec = job(&name);
-    queue.submit(&spec).await.unwrap();
-    let mut consumer = consumer_of(&queue, &[&name], Duration::from_secs(30)).await;
-    let lease = take(&mut consumer).await;
-    let answer = success(&lease, &"x".repeat(40 << 20));
-    assert_eq!(consumer.finish(lease, answer).await.unwrap(), Finished::Recorded);
-    let told = result(&queue, spec.id).await;
-    assert!(told.stdout.truncated);
-    assert_eq!(told.stdout.bytes, 40 << 20);
-    assert!(told.stdout.data.len() > 1 << 20);
 }
 
 /// A spec of the size that is allowed at most.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use hutch_proto::{Event, EventKind, JobId, JobState, Reason, Status, Timestamp};
+use hutch_proto::{Captured, Event, EventKind, JobId, JobState, Reason, Status, Timestamp};
 use hutch_queue::{CancelOutcome, Finished, GiveBack, ListFilter, Submitted};
 
 use crate::home::{Home, consumer, consumer_of, job, result, soon, success, take, unique, until, view};
@@ -44,6 +44,8 @@ macro_rules! every_scenario {
             a_dropped_take_loses_nothing,
             each_job_is_finished_once,
             the_first_result_stands,
+            a_huge_result_is_cut_and_told,
+            a_result_within_the_default_limits_is_whole,
             jobs_are_listed,
             depths_are_told,
             events_are_told,
@@ -430,6 +432,43 @@ pub(crate) async fn the_first_result_stands<H: Home>() {
     assert_eq!(consumer.finish(lease, first.clone()).await.unwrap(), Finished::Recorded);
     assert_eq!(consumer.finish(again, second).await.unwrap(), Finished::AlreadyFinished);
     assert_eq!(result(&queue, spec.id).await, first);
+}
+
+fn captured(data: Vec<u8>) -> Captured {
+    Captured { bytes: data.len() as u64, data, truncated: false }
+}
+
+/// More output than a home carries, on both streams, of the kind that costs most.
+pub(crate) async fn a_huge_result_is_cut_and_told<H: Home>() {
+    let home = H::start().await;
+    let (queue, name) = (home.queue(), unique("huge"));
+    let spec = job(&name);
+    queue.submit(&spec).await.unwrap();
+    let mut consumer = consumer(&queue, &name).await;
+    let lease = take(&mut consumer).await;
+    let mut answer = success(&lease, "");
+    (answer.stdout, answer.stderr) = (captured(vec![0; 64 << 20]), captured(vec![0; 64 << 20]));
+    assert_eq!(consumer.finish(lease, answer).await.unwrap(), Finished::Recorded);
+    let told = result(&queue, spec.id).await;
+    for stream in [&told.stdout, &told.stderr] {
+        assert!(stream.truncated);
+        assert_eq!(stream.bytes, 64 << 20);
+        assert!(stream.data.len() > 4 << 20, "{}", stream.data.len());
+    }
+}
+
+/// `head -c 1048576 /dev/zero`.
+pub(crate) async fn a_result_within_the_default_limits_is_whole<H: Home>() {
+    let home = H::start().await;
+    let (queue, name) = (home.queue(), unique("zeros"));
+    let spec = job(&name);
+    queue.submit(&spec).await.unwrap();
+    let mut consumer = consumer(&queue, &name).await;
+    let lease = take(&mut consumer).await;
+    let mut answer = success(&lease, "");
+    answer.stdout = captured(vec![0; 1 << 20]);
+    assert_eq!(consumer.finish(lease, answer.clone()).await.unwrap(), Finished::Recorded);
+    assert_eq!(result(&queue, spec.id).await, answer);
 }
 
 pub(crate) async fn jobs_are_listed<H: Home>() {

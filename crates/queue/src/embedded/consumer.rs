@@ -117,14 +117,19 @@ impl Consumer for EmbeddedConsumer {
         }
     }
 
-    async fn finish(&mut self, lease: Lease, result: JobResult) -> Result<Finished, QueueError> {
+    async fn finish(&mut self, lease: Lease, mut result: JobResult) -> Result<Finished, QueueError> {
         let token = lease.token.0;
+        crate::cap::fit(&mut result);
         let record = Record::new(result)
             .map_err(|e| QueueError::Setup(format!("the result of {} is no JSON: {e}", lease.job.id)))?;
         let record = Arc::new(record);
         let outcome = self
             .insist(|reply| Command::Finish { token, id: lease.job.id, record: Arc::clone(&record), reply })
             .await;
+        if let Err(QueueError::Setup(why)) = &outcome {
+            let how = GiveBack::Failed { reason: Reason::HostError, message: why.clone() };
+            self.give_back(lease, how).await?;
+        }
         self.release(token);
         outcome
     }

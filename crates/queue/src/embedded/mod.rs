@@ -10,6 +10,8 @@
 
 mod consumer;
 mod schema;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 use std::path::Path;

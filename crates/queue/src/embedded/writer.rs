@@ -16,7 +16,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use hutch_proto::{JobId, Reason, Timestamp};
-use rusqlite::{Connection, Transaction, TransactionBehavior};
+use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -306,10 +306,14 @@ impl Writer {
         }
     }
 
-    /// Answers that nothing was done, and lets the disk rest.
+    /// Answers that nothing was done, and lets the disk rest, where that may help.
     fn give_up(&mut self, work: Vec<Command>, error: &rusqlite::Error, now: Instant) {
-        tracing::error!(error = %error, "the queue cannot be written");
-        self.pause = Some(now + PAUSE);
+        if is_too_big(error) && !work.is_empty() {
+            tracing::error!(error = %error, "one thing is too big to be written");
+        } else {
+            tracing::error!(error = %error, "the queue cannot be written");
+            self.pause = Some(now + PAUSE);
+        }
         for command in work {
             command.fail(error);
         }
@@ -545,7 +549,11 @@ impl Command {
     }
 
     fn fail(self, error: &rusqlite::Error) {
-        let error = QueueError::Unavailable(format!("write: {error}"));
+        let error = if is_too_big(error) {
+            QueueError::Setup(format!("write: {error}: SQLite keeps at most 1 GB in one row"))
+        } else {
+            QueueError::Unavailable(format!("write: {error}"))
+        };
         match self {
             Self::Submit { reply, .. } => drop(reply.send(Err(error))),
             Self::Cancel { reply, .. } => drop(reply.send(Err(error))),
@@ -554,4 +562,9 @@ impl Command {
             Self::GiveBack { .. } | Self::Take(_) | Self::Keep { .. } | Self::Close { .. } => {}
         }
     }
+}
+
+/// Whether the same would be refused again, on whatever disk.
+fn is_too_big(error: &rusqlite::Error) -> bool {
+    error.sqlite_error_code() == Some(ErrorCode::TooBig)
 }

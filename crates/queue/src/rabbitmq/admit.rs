@@ -73,14 +73,14 @@ struct Peek {
 }
 
 /// A message, read.
-enum Seen {
+pub(super) enum Seen {
     /// A job, and whether somebody gave it an id.
     Job { spec: Box<JobSpec>, named: bool },
     /// Not a job.
     Wrong { id: Option<JobId>, why: SpecError },
 }
 
-fn read(parcel: &Parcel) -> Seen {
+pub(super) fn read(parcel: &Parcel) -> Seen {
     let peek = serde_json::from_slice::<Peek>(&parcel.delivery.data).ok();
     let id = id_of(&parcel.delivery);
     let mut spec = match JobSpec::parse(&parcel.delivery.data) {
@@ -100,13 +100,14 @@ fn read(parcel: &Parcel) -> Seen {
 }
 
 impl Core {
-    /// Decides over a message.
+    /// Decides over a message. If it is not alone, others wait behind it, and it may be for one of them.
     ///
     /// # Errors
     /// [`QueueError::Closed`] if `gone`; then the message goes back with its channel.
     pub(super) async fn admit(
         &self,
         parcel: Parcel,
+        alone: bool,
         gone: &CancellationToken,
     ) -> Result<Admitted, QueueError> {
         if parcel.delivery.redelivered {
@@ -120,9 +121,12 @@ impl Core {
         };
         let worn = parcel.delivery_count() + RENEW_BEFORE >= DELIVERY_LIMIT;
         let sunk = parcel.source.band.is_none() && spec.priority < PLAIN_PRIORITY;
-        if !named || worn || sunk {
-            let band = if named { parcel.source.band } else { Some(spec.priority) };
-            let band = if sunk { Some(spec.priority) } else { band };
+        let misplaced = !named || sunk || (parcel.is_unsorted() && !alone);
+        if misplaced || worn {
+            if parcel.is_unsorted() {
+                self.insist(gone, || self.mark(&spec.queue)).await?;
+            }
+            let band = if misplaced { Some(spec.priority) } else { parcel.source.band };
             let to = Source { queue: spec.queue.clone(), band };
             let copy = parcel.moved_to(&to, spec.id);
             self.insist(gone, || self.publish_job(&copy, &to)).await?;
@@ -274,7 +278,7 @@ impl Core {
     }
 
     /// Keeps what is no job among the dead letters; answers where an id is known.
-    async fn refuse(
+    pub(super) async fn refuse(
         &self,
         parcel: Parcel,
         id: Option<JobId>,

@@ -54,6 +54,8 @@ pub(super) struct Core {
     pub(super) lost_grace: Duration,
     pub(super) closing: CancellationToken,
     pub(super) held: Mutex<HashMap<JobId, Held>>,
+    /// Held during a pass of [`super::sort`].
+    pub(super) sorting: tokio::sync::Mutex<()>,
     pub(super) tokens: AtomicU64,
 }
 

@@ -60,6 +60,12 @@ impl Parcel {
         self.header("x-delivery-count").and_then(whole).and_then(|n| u32::try_from(n).ok()).unwrap_or(0)
     }
 
+    /// Whether it waits where its sender left it, and its sender is not one of our gateways, which know
+    /// where a priority belongs.
+    pub(super) fn is_unsorted(&self) -> bool {
+        self.source.band.is_none() && self.header(SUBMITTED_AT).is_none()
+    }
+
     /// When it was accepted, as far as somebody noted it.
     pub(super) fn submitted_at(&self) -> Timestamp {
         let noted = self.header(SUBMITTED_AT).and_then(whole);

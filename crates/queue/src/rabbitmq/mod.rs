@@ -2,7 +2,7 @@
 //!
 //! What is on the broker is in [`topology`]; two connections are kept up by [`supervisor`]; what
 //! becomes of a message is decided in [`admit`], and how a job ends in [`core`]; a worker's slot is
-//! the task in [`slot`]; what is kept beside the broker in [`records`]; and a gateway, which must
+//! the task in [`slot`]; what others publish is put in order by [`sort`]; what is kept beside the broker in [`records`]; and a gateway, which must
 //! answer what no broker can be asked, has an [`index`] that is kept up to date by [`feeds`].
 //!
 //! A message is acknowledged only after the job's terminal record is stored and the broker has
@@ -11,7 +11,6 @@
 
 mod admit;
 mod bell;
-mod cap;
 mod consumer;
 mod core;
 mod feeds;
@@ -20,6 +19,7 @@ mod message;
 mod publisher;
 mod records;
 mod slot;
+mod sort;
 mod supervisor;
 mod topology;
 
@@ -159,6 +159,7 @@ impl RabbitQueue {
             lost_grace: config.lost_grace,
             closing,
             held: Mutex::default(),
+            sorting: Default::default(),
             tokens: AtomicU64::new(1),
         });
         let queue = Self { core, reconnects, tasks, connections, hang_up, submitting: Mutex::default() };

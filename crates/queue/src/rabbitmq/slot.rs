@@ -5,7 +5,8 @@
 //!
 //! With one queue and no bands the slot is subscribed, prefetch 1, and the broker brings the next
 //! job as soon as the last is acknowledged. With several it asks them one by one, highest priority
-//! first, whenever [`super::bell`] rings.
+//! first, whenever [`super::bell`] rings; before that, what others have published is put in order, see
+//! [`super::sort`].
 //!
 //! A message that the broker sends just when a slot stops would go back untried, but count as
 //! delivered; and a quorum queue may send one even after it has confirmed that a subscription ended.
@@ -31,6 +32,7 @@ use super::admit::{self, Admitted, Job};
 use super::core::{Core, ack, nack};
 use super::message::Parcel;
 use super::records::{Failure, Record};
+use super::sort;
 use super::supervisor::{Live, STEP};
 use super::topology::{self, Source};
 use crate::{Finished, GiveBack, Lease, QueueError};
@@ -172,7 +174,8 @@ impl Slot {
             let outcome = match self.fetch(reply).await {
                 Ok(Some(parcel)) => {
                     self.failures = 0;
-                    self.core.admit(parcel, &self.gone).await
+                    let alone = self.is_alone(&parcel).await;
+                    self.core.admit(parcel, alone, &self.gone).await
                 }
                 Ok(None) if reply.is_closed() => return Ok(None),
                 Ok(None) => continue,
@@ -208,6 +211,10 @@ impl Slot {
             () = reply.closed() => return Ok(None),
             () = self.gone.cancelled() => return Err(QueueError::Closed),
         };
+        if sources.len() > 1 {
+            // The subscription has to end: before there is room for another message.
+            self.rest().await;
+        }
         self.flush().await;
         self.make_ready(&live, &sources).await?;
         let Some(open) = &mut self.open else { return Ok(None) };
@@ -224,8 +231,12 @@ impl Slot {
                 }
             };
         }
+        let channel = open.channel.clone();
+        sort::pass(&self.core, &channel, &self.queues, slot, &self.gone).await?;
+        // It may have brought bands.
+        let sources = self.sources();
         let waiting = self.core.bell.wait(&sources);
-        if let Some(parcel) = ask_each(&open.channel, &sources, slot).await? {
+        if let Some(parcel) = ask_each(&channel, &sources, slot).await? {
             drop(waiting);
             self.core.bell.ring_on();
             return Ok(Some(parcel));
@@ -236,6 +247,13 @@ impl Slot {
             () = reply.closed() => Ok(None),
             () = self.gone.cancelled() => Err(QueueError::Closed),
         }
+    }
+
+    /// Whether a message need not be compared to others: a gateway of ours has sorted it, or none waits.
+    async fn is_alone(&self, parcel: &Parcel) -> bool {
+        let Some(open) = self.open.as_ref().filter(|_| parcel.is_unsorted()) else { return true };
+        // Where that cannot be told, the channel has failed, and the message comes again.
+        step("count", topology::waiting(&open.channel, &parcel.source)).await.is_ok_and(|others| others == 0)
     }
 
     /// Sees to it that there is a channel, and a subscription where there is one queue alone.
@@ -327,7 +345,7 @@ impl Slot {
     }
 
     async fn finish(&mut self, lease: &Lease, mut result: JobResult) -> Result<Finished, QueueError> {
-        super::cap::fit(&mut result);
+        crate::cap::fit(&mut result);
         let record = Record::new(result)?;
         let outcome = self.core.conclude(record, &lease.job.queue, &self.gone).await;
         self.in_hand.take_if(|job| job.token == lease.token.0);
@@ -475,12 +493,17 @@ async fn carry_out(parcel: &Parcel, verdict: Verdict) {
 /// The first message that the queues have now, in their order.
 async fn ask_each(channel: &Channel, sources: &[Source], slot: u64) -> Result<Option<Parcel>, QueueError> {
     for source in sources {
-        let got = channel.basic_get(source.name().into(), BasicGetOptions::default());
-        if let Some(message) = step("get", got).await? {
-            return Ok(Some(Parcel { slot, source: source.clone(), delivery: message.delivery }));
+        if let Some(parcel) = get(channel, source, slot).await? {
+            return Ok(Some(parcel));
         }
     }
     Ok(None)
+}
+
+/// The first message that a queue has now.
+pub(super) async fn get(channel: &Channel, source: &Source, slot: u64) -> Result<Option<Parcel>, QueueError> {
+    let got = step("get", channel.basic_get(source.name().into(), BasicGetOptions::default())).await?;
+    Ok(got.map(|message| Parcel { slot, source: source.clone(), delivery: message.delivery }))
 }
 
 fn come_from(

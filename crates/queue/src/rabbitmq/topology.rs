@@ -11,7 +11,8 @@
 //!
 //! A queue's jobs of priority 4 wait in `hutch.jobs.<queue>`; other priorities have queues of their
 //! own, `hutch.jobs.<queue>:<priority>`, made when first used: quorum queues know no priorities
-//! before RabbitMQ 4.0, and only two until 4.3.
+//! before RabbitMQ 4.0, and only two until 4.3. Other programs need not know of these: what they send
+//! to the plain queue is sorted, see [`super::sort`].
 
 use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
