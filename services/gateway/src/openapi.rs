@@ -183,7 +183,6 @@ fn schemas() -> Value {
     Value::Object(schemas)
 }
 
-/// An object all of whose fields are there.
 /// `withheld` is there in one case alone.
 fn accepted(id: &Value) -> Value {
     let withheld =
@@ -191,6 +190,7 @@ fn accepted(id: &Value) -> Value {
     with(object(json!({"id": id})), json!({"properties": {"id": id, "withheld": withheld}}))
 }
 
+/// An object all of whose fields are there.
 fn object(properties: Value) -> Value {
     let required: Vec<&String> =
         properties.as_object().map(|fields| fields.keys().collect()).unwrap_or_default();

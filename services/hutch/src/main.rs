@@ -20,6 +20,7 @@ mod settings;
 mod signals;
 mod spec;
 mod term;
+mod tree;
 mod unpack;
 mod up;
 mod verdict;

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::cli::VolumeCommand;
 use crate::settings::{self, Flags};
-use crate::{exit, term, verdict};
+use crate::{exit, term, tree, verdict};
 
 /// Lists or removes volumes.
 pub(crate) fn volume(command: VolumeCommand, config: Option<&Path>) -> anyhow::Result<ExitCode> {
@@ -35,7 +35,7 @@ fn list(home: &Path, as_json: bool) -> anyhow::Result<ExitCode> {
     for entry in entries.with_context(|| format!("{} cannot be read", home.display()))? {
         let name = entry.file_name().to_string_lossy().into_owned();
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) && hutch_proto::is_name(&name) {
-            volumes.push((name, size_of(&entry.path())));
+            volumes.push((name, tree::size(&entry.path())));
         }
     }
     volumes.sort();
@@ -51,34 +51,16 @@ fn list(home: &Path, as_json: bool) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The bytes of all files below a directory; links are not followed, what cannot be read is not counted.
-fn size_of(directory: &Path) -> u64 {
-    let mut bytes = 0;
-    let mut left = vec![directory.to_owned()];
-    while let Some(directory) = left.pop() {
-        let Ok(entries) = fs::read_dir(&directory) else { continue };
-        for entry in entries.flatten() {
-            match entry.metadata() {
-                Ok(meta) if meta.is_dir() => left.push(entry.path()),
-                Ok(meta) if meta.is_file() => bytes += meta.len(),
-                _ => {}
-            }
-        }
-    }
-    bytes
-}
-
 fn remove(home: &Path, names: &[String]) -> anyhow::Result<ExitCode> {
     let mut missing = 0;
     for name in names {
         if !hutch_proto::is_name(name) {
             bail!("`{name}` is no name of a volume: 1 to 63 letters, digits, `-`, `_` and `.` are expected");
         }
-        // It goes out of the way first: a job that starts meanwhile gets a new one.
-        let doomed = home.join(format!(".removed-{}-{name}", std::process::id()));
-        match fs::rename(home.join(name), &doomed) {
-            Ok(()) => fs::remove_dir_all(&doomed)
-                .with_context(|| format!("{} cannot be removed whole", doomed.display()))?,
+        let volume = home.join(name);
+        match fs::symlink_metadata(&volume) {
+            Ok(_) => remove_one(home, &volume)
+                .with_context(|| format!("volume `{name}` cannot be removed whole"))?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 term::note(format!("there is no volume `{name}`"));
                 missing += 1;
@@ -87,6 +69,19 @@ fn remove(home: &Path, names: &[String]) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(if missing > 0 { ExitCode::from(exit::FAILURE) } else { ExitCode::SUCCESS })
+}
+
+/// It goes out of the way first: a job that starts meanwhile gets a new one.
+fn remove_one(home: &Path, volume: &Path) -> anyhow::Result<()> {
+    // Kept, since what is left after a failure may be too deep for the directory's own way to go.
+    let pit = tempfile::Builder::new().prefix(".removed-").tempdir_in(home)?.keep();
+    tree::remove(volume, &pit).with_context(|| {
+        // Gone if nothing came into it.
+        match fs::remove_dir(&pit) {
+            Ok(()) => "it cannot be moved out of the way".to_owned(),
+            Err(_) => format!("the rest is in {}", pit.display()),
+        }
+    })
 }
 
 #[cfg(test)]
@@ -102,7 +97,7 @@ mod tests {
         fs::create_dir_all(home.join("cache/deep")).expect("make");
         fs::write(home.join("cache/deep/file"), "12345").expect("write");
         std::os::unix::fs::symlink(outside.path(), home.join("cache/out")).expect("link");
-        assert_eq!(size_of(&home.join("cache")), 5);
+        assert_eq!(tree::size(&home.join("cache")), 5);
         remove(&home, &["cache".to_owned()]).expect("removed");
         assert_eq!(fs::read_dir(&home).expect("home").count(), 0);
         assert!(outside.path().join("kept").exists());
