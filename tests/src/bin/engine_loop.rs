@@ -154,6 +154,8 @@ async fn many(engine: &Engine, dir: &Path, count: usize) -> Result<(), Failure> 
 /// What this process and its launcher hold, once nothing is on its way any more.
 async fn figures(dir: &Path, jobs: usize) -> Result<Value, Failure> {
     let own = Process::of(std::process::id()).ok_or("no such process")?;
+    // The launcher lets go of what it sent a moment after it was received.
+    tokio::time::sleep(Duration::from_millis(200)).await;
     let patience = Instant::now() + Duration::from_secs(5);
     let mut launchers = own.children();
     // One init waits for the slot's next job.
