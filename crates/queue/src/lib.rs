@@ -18,6 +18,7 @@ pub mod embedded;
 pub mod rabbitmq;
 mod sequence;
 mod sqlite;
+mod unrun;
 mod views;
 
 use std::fmt;
@@ -25,6 +26,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hutch_proto::{Event, JobId, JobResult, JobSpec, JobState, JobView, Timestamp};
+
+pub use self::unrun::Unrun;
 
 /// A queue, as a gateway or a worker sees it.
 #[async_trait]
@@ -77,6 +80,12 @@ pub trait Queue: Send + Sync + fmt::Debug {
     /// What has happened to the connection so far.
     fn counters(&self) -> Counters {
         Counters::default()
+    }
+
+    /// Jobs that ended here without a run: cancelled or expired while they waited, out of attempts,
+    /// or unreadable. What a consumer has finished is not among them.
+    fn unrun(&self) -> Vec<Unrun> {
+        Vec::new()
     }
 
     /// Lets what is under way end and closes.

@@ -1,21 +1,28 @@
 //! Whether this host can take jobs now, and if not, why.
 //!
 //! A host without room, without descriptors, or on which one job after the other fails for no fault
-//! of its own, takes no more jobs for a while: elsewhere they may do better.
+//! of its own, takes no more jobs for a while: elsewhere they may do better. One job that fails again and
+//! again may itself be the cause, and counts as one; and failures that nothing adds to are forgotten.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
+use hutch_proto::JobId;
 use nix::sys::statvfs::statvfs;
 
 /// The least room on the data directory's file system.
 const ROOM_BYTES: u64 = 64 << 20;
 /// The least number of free inodes there; a file system may not count them.
 const ROOM_INODES: u64 = 1000;
-/// From this many failures in a row on the worker is not ready.
-const NOT_READY: u32 = 3;
+/// From this many different jobs that failed in a row on the worker is not ready.
+const NOT_READY: usize = 3;
+/// How many of them are told apart.
+const REMEMBERED: usize = 32;
+/// After how long without a new failure they are forgotten.
+const FADE: Duration = Duration::from_secs(60);
 /// The longest pause after a failure of the host.
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 
@@ -27,10 +34,41 @@ pub(crate) struct Health {
     broken: OnceLock<String>,
 }
 
+/// What failed since a job last ran to a verdict.
 #[derive(Debug, Default)]
 struct Failures {
-    in_a_row: u32,
-    last: String,
+    jobs: BTreeSet<JobId>,
+    /// Why, and when, the last one did.
+    last: Option<(String, Instant)>,
+}
+
+impl Failures {
+    fn add(&mut self, job: JobId, message: &str, now: Instant) {
+        self.fade(now);
+        if self.jobs.len() < REMEMBERED {
+            self.jobs.insert(job);
+        }
+        self.last = Some((message.to_owned(), now));
+    }
+
+    /// Forgets what is long past.
+    fn fade(&mut self, now: Instant) {
+        if self.last.as_ref().is_some_and(|(_, at)| now.saturating_duration_since(*at) >= FADE) {
+            *self = Self::default();
+        }
+    }
+
+    fn not_ready(&mut self, now: Instant) -> Option<String> {
+        self.fade(now);
+        let (message, _) = self.last.as_ref().filter(|_| self.jobs.len() >= NOT_READY)?;
+        Some(format!("the last {} jobs failed because of this host: {message}", self.jobs.len()))
+    }
+
+    /// How long to wait before the next job.
+    fn pause(&self) -> Duration {
+        let exponent = u32::try_from(self.jobs.len()).unwrap_or(8).min(8);
+        (Duration::from_millis(100) * 2_u32.pow(exponent)).min(LONGEST_PAUSE)
+    }
 }
 
 impl Health {
@@ -45,13 +83,7 @@ impl Health {
 
     /// Why this worker is not ready; none if it is.
     pub(crate) fn not_ready(&self) -> Option<String> {
-        let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        if failures.in_a_row >= NOT_READY {
-            let Failures { in_a_row, last } = &*failures;
-            return Some(format!("the last {in_a_row} jobs failed because of this host: {last}"));
-        }
-        drop(failures);
-        self.unfit()
+        self.failures().not_ready(Instant::now()).or_else(|| self.unfit())
     }
 
     /// Nothing can be run here any more, whatever is waited for.
@@ -66,16 +98,18 @@ impl Health {
 
     /// A job ran to a verdict.
     pub(crate) fn succeeded(&self) {
-        self.failures.lock().unwrap_or_else(PoisonError::into_inner).in_a_row = 0;
+        *self.failures() = Failures::default();
     }
 
     /// A job failed because of this host; returns how long to wait before the next.
-    pub(crate) fn failed(&self, message: &str) -> Duration {
-        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        failures.in_a_row = failures.in_a_row.saturating_add(1);
-        message.clone_into(&mut failures.last);
-        let doubled = Duration::from_millis(100) * 2_u32.pow(failures.in_a_row.min(8));
-        doubled.min(LONGEST_PAUSE)
+    pub(crate) fn failed(&self, job: JobId, message: &str) -> Duration {
+        let mut failures = self.failures();
+        failures.add(job, message, Instant::now());
+        failures.pause()
+    }
+
+    fn failures(&self) -> MutexGuard<'_, Failures> {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -107,11 +141,37 @@ mod tests {
     fn a_host_that_fails_again_and_again_is_not_ready() {
         let health = Health::new(std::env::temp_dir());
         assert_eq!(health.not_ready(), None);
-        let pauses: Vec<_> = (0..20).map(|_| health.failed("no cgroup")).collect();
-        assert!(pauses.is_sorted() && pauses[19] == LONGEST_PAUSE, "{pauses:?}");
+        let pauses: Vec<_> = (0..40).map(|_| health.failed(JobId::generate(), "no cgroup")).collect();
+        assert!(pauses.is_sorted() && pauses[39] == LONGEST_PAUSE, "{pauses:?}");
         assert!(health.not_ready().expect("not ready").contains("no cgroup"));
         health.succeeded();
         assert_eq!(health.not_ready(), None);
+    }
+
+    /// A hostile job that is tried again and again says nothing of the host.
+    #[test]
+    fn one_job_counts_once() {
+        let health = Health::new(std::env::temp_dir());
+        let hostile = JobId::generate();
+        let pauses: Vec<_> = (0..20).map(|_| health.failed(hostile, "no answer")).collect();
+        assert!(pauses.iter().all(|pause| *pause == pauses[0]), "{pauses:?}");
+        assert_eq!(health.not_ready(), None);
+        health.failed(JobId::generate(), "no answer");
+        assert_eq!(health.not_ready(), None);
+        health.failed(JobId::generate(), "no answer");
+        assert!(health.not_ready().is_some());
+    }
+
+    #[test]
+    fn failures_fade() {
+        let (mut failures, now) = (Failures::default(), Instant::now());
+        for _ in 0..NOT_READY {
+            failures.add(JobId::generate(), "no cgroup", now);
+        }
+        assert!(failures.not_ready(now + FADE / 2).is_some());
+        assert_eq!(failures.not_ready(now + FADE), None);
+        failures.add(JobId::generate(), "no cgroup", now + FADE);
+        assert_eq!(failures.not_ready(now + FADE), None, "counted anew");
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod drain;
 mod health;
 mod http;
 mod inputs;
+mod jobs;
 mod live;
 mod metrics;
 mod relay;

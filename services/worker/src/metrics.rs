@@ -1,15 +1,12 @@
 //! What a worker counts. Base units; no label has more values than is known beforehand.
 
-use std::collections::{BTreeSet, HashMap};
-use std::sync::{Mutex, PoisonError};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use hutch_proto::{JobResult, Reason, is_name};
+use hutch_proto::{JobId, JobResult, Reason, Status, Timeline, Usage};
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
-/// The most different values of one label that comes from jobs; later ones become [`OTHER`].
-const LABEL_VALUES: usize = 200;
-/// What stands for the values beyond.
-const OTHER: &str = "other";
+use crate::jobs::{Jobs, Shared, Unruns};
 
 const QUEUE_BUCKETS: &[f64] =
     &[0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0];
@@ -37,8 +34,7 @@ const MEMORY_BUCKETS: &[f64] = &[
 /// The counters and histograms of one worker.
 #[derive(Debug)]
 pub(crate) struct Metrics {
-    jobs: IntCounterVec,
-    labels: Vec<JobLabel>,
+    jobs: Arc<Jobs>,
     faults: IntCounterVec,
     fenced: IntCounter,
     pub(crate) running: IntGauge,
@@ -50,48 +46,48 @@ pub(crate) struct Metrics {
     teardown_seconds: Histogram,
 }
 
-/// A label of jobs that the config makes a label of metrics, and the values it has had.
-#[derive(Debug)]
-struct JobLabel {
-    name: String,
-    seen: Mutex<BTreeSet<String>>,
+/// What of a result is counted: all but what it carries.
+#[derive(Debug, Clone)]
+pub(crate) struct Measured {
+    pub(crate) id: JobId,
+    pub(crate) status: Status,
+    pub(crate) reason: Option<Reason>,
+    pub(crate) labels: BTreeMap<String, String>,
+    /// Whether there was a sandbox: none for what was rejected before.
+    sandboxed: bool,
+    usage: Usage,
+    timeline: Timeline,
 }
 
-impl JobLabel {
-    fn value(&self, result: &JobResult) -> String {
-        let value = result.labels.get(&self.name).map_or("", String::as_str);
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if seen.contains(value) {
-            return value.to_owned();
+impl From<&JobResult> for Measured {
+    fn from(result: &JobResult) -> Self {
+        Self {
+            id: result.id,
+            status: result.status,
+            reason: result.reason,
+            labels: result.labels.clone(),
+            sandboxed: !result.steps.is_empty() || result.timeline.setup_us > 0,
+            usage: result.usage,
+            timeline: result.timeline.clone(),
         }
-        if seen.len() >= LABEL_VALUES {
-            return OTHER.to_owned();
-        }
-        seen.insert(value.to_owned());
-        value.to_owned()
     }
 }
 
 impl Metrics {
-    /// Registers everything.
-    pub(crate) fn new(registry: &Registry, slots: u32, labels: &[String]) -> prometheus::Result<Self> {
-        let names = metric_names(labels)?;
-        let mut job_labels = vec!["queue", "status", "reason"];
-        job_labels.extend(names.iter().map(String::as_str));
+    /// Registers everything. `unrun` tells of jobs that ended without a run.
+    pub(crate) fn new(
+        registry: &Registry,
+        slots: u32,
+        labels: &[String],
+        unrun: Unruns,
+    ) -> prometheus::Result<Self> {
         let histogram = |name: &str, help: &str, buckets: &[f64]| {
             let histogram = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?;
             registry.register(Box::new(histogram.clone()))?;
             Ok::<_, prometheus::Error>(histogram)
         };
         let metrics = Self {
-            jobs: IntCounterVec::new(
-                Opts::new("hutch_jobs_total", "Jobs that this worker answered, by how they ended."),
-                &job_labels,
-            )?,
-            labels: labels
-                .iter()
-                .map(|name| JobLabel { name: name.clone(), seen: Mutex::default() })
-                .collect(),
+            jobs: Arc::new(Jobs::new(labels, unrun)?),
             faults: IntCounterVec::new(
                 Opts::new("hutch_faults_total", "Attempts that ended in a fault of this worker or its host."),
                 &["reason"],
@@ -135,7 +131,7 @@ impl Metrics {
         let all_slots = IntGauge::new("hutch_slots", "Jobs that may run at one time.")?;
         all_slots.set(i64::from(slots));
         registry.register(Box::new(all_slots))?;
-        registry.register(Box::new(metrics.jobs.clone()))?;
+        registry.register(Box::new(Shared(Arc::clone(&metrics.jobs))))?;
         registry.register(Box::new(metrics.faults.clone()))?;
         registry.register(Box::new(metrics.fenced.clone()))?;
         registry.register(Box::new(metrics.running.clone()))?;
@@ -143,57 +139,29 @@ impl Metrics {
     }
 
     /// A job has this result, made here.
-    pub(crate) fn answered(&self, queue: &str, result: &JobResult) {
-        self.count(queue, result.reason, result.status.as_str(), result);
-        let Some(_) = result.timeline.started_at else { return };
-        let usage = &result.usage;
-        self.queue_seconds.observe(seconds(result.timeline.queue_ms, 1e3));
+    pub(crate) fn answered(&self, queue: &str, result: &Measured) {
+        self.jobs.count(queue, result);
+        if !result.sandboxed {
+            return;
+        }
+        let Measured { usage, timeline, .. } = result;
+        self.queue_seconds.observe(seconds(timeline.queue_ms, 1e3));
         self.wall_seconds.observe(seconds(usage.wall_time_ms, 1e3));
         self.cpu_seconds.observe(seconds(usage.cpu_user_ms + usage.cpu_system_ms, 1e3));
         self.memory_peak.observe(seconds(usage.memory_peak_bytes, 1.0));
-        self.setup_seconds.observe(seconds(result.timeline.setup_us, 1e6));
-        self.teardown_seconds.observe(seconds(result.timeline.teardown_us, 1e6));
+        self.setup_seconds.observe(seconds(timeline.setup_us, 1e6));
+        self.teardown_seconds.observe(seconds(timeline.teardown_us, 1e6));
     }
 
-    /// An attempt ended in a fault of this host; `last` if it spent the job's last attempt.
-    pub(crate) fn fault(&self, queue: &str, reason: Reason, last: Option<&JobResult>) {
+    /// An attempt ended in a fault of this host. Where it was the last, the queue counts the job.
+    pub(crate) fn fault(&self, reason: Reason) {
         self.faults.with_label_values(&[reason.as_str()]).inc();
-        if let Some(result) = last {
-            self.count(queue, Some(reason), reason.status().as_str(), result);
-        }
     }
 
     /// A result was not wanted.
     pub(crate) fn lease_lost(&self) {
         self.fenced.inc();
     }
-
-    fn count(&self, queue: &str, reason: Option<Reason>, status: &str, result: &JobResult) {
-        let mut values =
-            vec![queue.to_owned(), status.to_owned(), reason.map_or("", Reason::as_str).to_owned()];
-        values.extend(self.labels.iter().map(|label| label.value(result)));
-        self.jobs.with_label_values(&values).inc();
-    }
-}
-
-/// The names that jobs' labels have as labels of metrics.
-fn metric_names(labels: &[String]) -> prometheus::Result<Vec<String>> {
-    let mut taken = HashMap::from([("queue", ""), ("status", ""), ("reason", "")]);
-    let names: Vec<String> = labels.iter().map(|label| metric_name(label)).collect();
-    for (label, name) in labels.iter().zip(&names) {
-        let fine = is_name(label) && !name.starts_with(|first: char| first.is_ascii_digit());
-        if !fine || taken.insert(name, label).is_some() {
-            return Err(prometheus::Error::Msg(format!(
-                "worker.metric_labels: `{label}` cannot be a label of metrics: it must begin with a letter, \
-                 and differ from the others and from queue, status and reason"
-            )));
-        }
-    }
-    Ok(names)
-}
-
-fn metric_name(label: &str) -> String {
-    label.replace(['-', '.'], "_")
 }
 
 /// A count as a floating-point number of a larger unit.
@@ -204,48 +172,32 @@ pub(crate) fn seconds(count: u64, per_unit: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
-    use hutch_proto::{JobId, Timestamp};
+    use hutch_proto::Timestamp;
     use prometheus::TextEncoder;
 
     use super::*;
 
-    fn result(tenant: &str) -> JobResult {
-        let labels = BTreeMap::from([("tenant".to_owned(), tenant.to_owned())]);
-        JobResult::without_run(JobId::generate(), labels, Timestamp::now(), Reason::Requested, "")
-    }
-
+    /// A job that was rejected says nothing of sandboxes.
     #[test]
-    fn a_label_of_jobs_has_a_bounded_number_of_values() {
+    fn only_what_had_a_sandbox_is_measured() {
         let registry = Registry::new();
-        let metrics = Metrics::new(&registry, 2, &["tenant".to_owned()]).expect("metrics");
-        for n in 0..LABEL_VALUES + 50 {
-            metrics.answered("default", &result(&format!("t{n}")));
-        }
+        let metrics = Metrics::new(&registry, 2, &[], Arc::new(Vec::new)).expect("metrics");
+        let result = |reason| {
+            let mut result =
+                JobResult::without_run(JobId::generate(), BTreeMap::new(), Timestamp::now(), reason, "");
+            result.timeline.started_at = Some(Timestamp::now());
+            result
+        };
+        metrics.answered("default", &Measured::from(&result(Reason::ImageError)));
+        let mut run = result(Reason::NonzeroExit);
+        run.timeline.setup_us = 900;
+        metrics.answered("default", &Measured::from(&run));
         let text = TextEncoder::new().encode_to_string(&registry.gather()).expect("text");
-        let rows = text.lines().filter(|line| line.starts_with("hutch_jobs_total{")).count();
-        assert_eq!(rows, LABEL_VALUES + 1);
-        assert!(text.contains(
-            r#"hutch_jobs_total{queue="default",reason="requested",status="cancelled",tenant="other"} 50"#
-        ));
-    }
-
-    #[test]
-    fn values_cannot_forge_a_metric() {
-        let registry = Registry::new();
-        let metrics = Metrics::new(&registry, 2, &["tenant".to_owned()]).expect("metrics");
-        metrics.answered("default", &result("a\"} 1\nforged 2\n"));
-        let text = TextEncoder::new().encode_to_string(&registry.gather()).expect("text");
-        assert!(!text.lines().any(|line| line.starts_with("forged")), "{text}");
-    }
-
-    #[test]
-    fn labels_that_clash_are_refused() {
-        for labels in [&["status"][..], &["a-b", "a.b"], &["1x"], &["with space"]] {
-            let labels: Vec<String> = labels.iter().map(|&label| label.to_owned()).collect();
-            let error = Metrics::new(&Registry::new(), 1, &labels).expect_err("clash").to_string();
-            assert!(error.contains("worker.metric_labels"), "{error}");
+        for histogram in ["sandbox_setup", "sandbox_teardown", "job_queue", "job_wall", "job_cpu"] {
+            let row = format!("hutch_{histogram}_seconds_count 1");
+            assert!(text.lines().any(|line| line == row), "{row}\n{text}");
         }
+        assert!(text.contains("hutch_job_memory_peak_bytes_count 1"), "{text}");
+        assert_eq!(text.lines().filter(|line| line.starts_with("hutch_jobs_total{")).count(), 2, "{text}");
     }
 }

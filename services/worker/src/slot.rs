@@ -22,7 +22,7 @@ use crate::Drain;
 use crate::attempt::{Attempt, Means, Outcome};
 use crate::health::Health;
 use crate::live::Live;
-use crate::metrics::Metrics;
+use crate::metrics::{Measured, Metrics};
 
 /// How long to wait before a queue that failed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -186,14 +186,14 @@ impl Slot {
             reason = result.reason.map_or("", Reason::as_str), "a job ends"
         );
         // The queue needs the result whole; what the metrics need of it is small.
-        let measured = measured(&result);
+        let measured = Measured::from(&result);
         match self.answer(consumer.finish(lease, result)).await {
             Ok(Finished::Recorded) => self.metrics.answered(&queue, &measured),
             Ok(Finished::AlreadyFinished) => {}
             Err(error @ QueueError::Setup(_)) => {
                 // This result alone cannot be kept, and the queue has taken the job back.
                 tracing::error!(slot = self.number, id = %measured.id, %error);
-                self.metrics.fault(&queue, Reason::HostError, None);
+                self.metrics.fault(Reason::HostError);
             }
             Err(error) => return Err(error),
         }
@@ -209,15 +209,10 @@ impl Slot {
         message: String,
     ) -> Result<(), QueueError> {
         tracing::warn!(slot = self.number, id = %lease.job.id, attempt = lease.attempt, %reason, cause = message, "this host failed a job");
-        let pause = self.health.failed(&message);
-        let queue = lease.job.queue.clone();
-        let last = (lease.attempt >= lease.job.max_attempts).then(|| {
-            let job = &lease.job;
-            JobResult::without_run(job.id, job.labels.clone(), lease.submitted_at, reason, "")
-        });
+        let pause = self.health.failed(lease.job.id, &message);
         let told = self.answer(consumer.give_back(lease, GiveBack::Failed { reason, message })).await;
         if told.is_ok() {
-            self.metrics.fault(&queue, reason, last.as_ref());
+            self.metrics.fault(reason);
         }
         self.heard(told)?;
         self.pause(pause).await;
@@ -292,20 +287,4 @@ fn outcome_of(ended: Result<Outcome, JoinError>) -> Outcome {
         };
         Outcome::fault(format!("the worker's own code failed: {message}"))
     })
-}
-
-/// A copy of a result without what it carries.
-fn measured(result: &JobResult) -> JobResult {
-    let mut copy = JobResult::without_run(
-        result.id,
-        result.labels.clone(),
-        result.timeline.submitted_at,
-        Reason::Requested,
-        "",
-    );
-    copy.status = result.status;
-    copy.reason = result.reason;
-    copy.usage = result.usage;
-    copy.timeline = result.timeline.clone();
-    copy
 }

@@ -61,7 +61,9 @@ impl Worker {
         config: WorkerConfig,
     ) -> Result<Self, WorkerError> {
         let registry = Registry::new();
-        let metrics = Metrics::new(&registry, config.slots, &config.metric_labels)?;
+        let ended = Arc::clone(&queue);
+        let unrun = Arc::new(move || ended.unrun());
+        let metrics = Metrics::new(&registry, config.slots, &config.metric_labels, unrun)?;
         let live = Arc::new(Live::new(engine.clone(), Arc::clone(&queue))?);
         registry.register(Box::new(Shared(Arc::clone(&live))))?;
         Ok(Self {

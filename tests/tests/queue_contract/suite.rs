@@ -46,6 +46,7 @@ macro_rules! every_scenario {
             the_first_result_stands,
             a_huge_result_is_cut_and_told,
             a_result_within_the_default_limits_is_whole,
+            jobs_that_end_without_a_run_are_counted,
             jobs_are_listed,
             depths_are_told,
             events_are_told,
@@ -469,6 +470,37 @@ pub(crate) async fn a_result_within_the_default_limits_is_whole<H: Home>() {
     answer.stdout = captured(vec![0; 1 << 20]);
     assert_eq!(consumer.finish(lease, answer.clone()).await.unwrap(), Finished::Recorded);
     assert_eq!(result(&queue, spec.id).await, answer);
+}
+
+pub(crate) async fn jobs_that_end_without_a_run_are_counted<H: Home>() {
+    let home = H::start().await;
+    let (queue, name) = (home.queue(), unique("unrun"));
+    let (cancelled, mut expired, mut poison, run) = (job(&name), job(&name), job(&name), job(&name));
+    queue.submit(&cancelled).await.unwrap();
+    queue.cancel(cancelled.id).await.unwrap();
+    expired.expires_in_ms = Some(1);
+    queue.submit(&expired).await.unwrap();
+    result(&queue, expired.id).await;
+    let mut consumer = consumer(&queue, &name).await;
+    poison.max_attempts = 1;
+    queue.submit(&poison).await.unwrap();
+    let lease = take(&mut consumer).await;
+    consumer.give_back(lease, host_error("no cgroup")).await.unwrap();
+    result(&queue, poison.id).await;
+    queue.submit(&run).await.unwrap();
+    let lease = take(&mut consumer).await;
+    let answer = success(&lease, "");
+    consumer.finish(lease, answer).await.unwrap();
+    let mut counted: Vec<_> = queue
+        .unrun()
+        .into_iter()
+        .filter(|ended| ended.queue == name)
+        .map(|ended| (ended.status.as_str(), ended.reason.as_str(), ended.jobs))
+        .collect();
+    counted.sort();
+    let expected =
+        [("cancelled", "expired", 1), ("cancelled", "requested", 1), ("infra_error", "host_error", 1)];
+    assert_eq!(counted, expected);
 }
 
 pub(crate) async fn jobs_are_listed<H: Home>() {

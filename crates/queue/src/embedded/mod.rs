@@ -30,9 +30,10 @@ use self::schema::NewJob;
 use self::writer::{Command, Writer};
 use crate::sequence::Sequences;
 use crate::sqlite::{self, Readers};
+use crate::unrun::Tally;
 use crate::{
     CancelOutcome, Consumer, ConsumerConfig, Counters, ListFilter, Queue, QueueDepth, QueueError, Submitted,
-    views,
+    Unrun, views,
 };
 
 /// KiB of specs that may wait for the writer; more wait outside.
@@ -92,6 +93,7 @@ struct Shared {
     sequences: Sequences,
     open: AtomicBool,
     redeliveries: AtomicU64,
+    unrun: Tally,
 }
 
 impl EmbeddedQueue {
@@ -108,6 +110,7 @@ impl EmbeddedQueue {
             sequences: Sequences::default(),
             open: AtomicBool::new(true),
             redeliveries: AtomicU64::new(0),
+            unrun: Tally::default(),
         });
         let (commands, inbox) = mpsc::channel();
         let writer = Writer::new(db, Arc::clone(&shared), commands.clone(), options.keep_finished)
@@ -252,6 +255,10 @@ impl Queue for EmbeddedQueue {
 
     fn counters(&self) -> Counters {
         Counters { reconnects: 0, redeliveries: self.inner.shared.redeliveries.load(Ordering::Relaxed) }
+    }
+
+    fn unrun(&self) -> Vec<Unrun> {
+        self.inner.shared.unrun.all()
     }
 
     async fn close(&self) {

@@ -114,6 +114,7 @@ pub(super) struct Taken {
 #[derive(Debug)]
 pub(super) struct Ended {
     pub(super) seq: i64,
+    pub(super) queue: String,
     pub(super) result: JobResult,
 }
 
@@ -401,7 +402,7 @@ fn settle(db: &Connection, job: &Job, reason: Reason, message: String) -> rusqli
     result.worker.clone_from(&job.worker);
     let record = Record::new(result).map_err(|e| rusqlite::Error::ToSqlConversionFailure(Box::new(e)))?;
     write_record(db, job.seq, &record)?;
-    Ok(Ended { seq: job.seq, result: record.result })
+    Ok(Ended { seq: job.seq, queue: job.queue.clone(), result: record.result })
 }
 
 fn write_record(db: &Connection, seq: i64, record: &Record) -> rusqlite::Result<()> {

@@ -201,8 +201,11 @@ impl Writer {
             reason: Reason::WorkerLost,
             message: "the process that ran it ended without a word".to_owned(),
         };
+        let mut settled = Vec::new();
         for token in schema::orphans(&tx)? {
-            schema::give_back(&tx, token, &lost, |_| false)?;
+            if let Returned::Settled(ended) = schema::give_back(&tx, token, &lost, |_| false)? {
+                settled.push(ended);
+            }
         }
         for (seq, expires_at) in schema::expiring(&tx)? {
             let left = Duration::from_millis(u64::try_from(expires_at - wall).unwrap_or(0));
@@ -210,7 +213,11 @@ impl Writer {
             self.expiry.insert(seq, at);
             self.expiries.insert((at, seq));
         }
-        tx.commit()
+        tx.commit()?;
+        for ended in settled {
+            self.shared.unrun.count(&ended.queue, &ended.result);
+        }
+        Ok(())
     }
 
     /// Works until the queue is closed.
@@ -460,6 +467,7 @@ impl Writer {
         }
         for ended in &effect.settled {
             self.forget(ended.seq);
+            self.shared.unrun.count(&ended.queue, &ended.result);
             self.shared.tell_finished(&ended.result);
         }
     }

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::core::{Core, Hold, nack};
 use super::message::{Parcel, message_id};
-use super::records::{Ledger, Record};
+use super::records::Ledger;
 use super::topology::{DELIVERY_LIMIT, PLAIN_PRIORITY, Source};
 use crate::{Lease, QueueError, Token};
 
@@ -237,7 +237,7 @@ impl Core {
         let mut result = JobResult::without_run(spec.id, spec.labels.clone(), submitted_at, reason, message);
         result.attempt = attempt;
         worker.clone_into(&mut result.worker);
-        self.conclude(Record::new(result)?, &spec.queue, gone).await.map(|(_, done)| done)
+        self.conclude_without_run(result, &spec.queue, gone).await
     }
 
     /// Why a job whose attempts are spent ends; none if it turns out that they are not.
@@ -293,11 +293,11 @@ impl Core {
         let Hold::Taken { token, .. } = self.hold(id, parcel) else { return Ok(Vec::new()) };
         let labels = std::collections::BTreeMap::new();
         let result = JobResult::without_run(id, labels, submitted_at, Reason::SpecInvalid, why.to_string());
-        let concluded = self.conclude(Record::new(result)?, &queue, gone).await;
+        let concluded = self.conclude_without_run(result, &queue, gone).await;
         if concluded.is_err() {
             self.let_fall(id, token).await;
         }
-        concluded.map(|(_, done)| done)
+        concluded
     }
 }
 

@@ -29,6 +29,7 @@ use super::records::{Record, Records};
 use super::supervisor::{Link, STEP, describe};
 use super::topology::{self, Source};
 use crate::sequence::Sequences;
+use crate::unrun::Tally;
 use crate::{Finished, QueueError};
 
 /// How long a queue that was deleted stays so.
@@ -49,6 +50,7 @@ pub(super) struct Core {
     pub(super) events_out: mpsc::Sender<Message>,
     pub(super) sequences: Sequences,
     pub(super) redeliveries: AtomicU64,
+    pub(super) unrun: Tally,
     /// A job that expires was submitted.
     pub(super) new_expiry: Notify,
     pub(super) lost_grace: Duration,
@@ -127,6 +129,21 @@ impl Core {
         Ok((finished, self.let_go(&record, gone).await?))
     }
 
+    /// The same, for a job that no program decided over.
+    pub(super) async fn conclude_without_run(
+        &self,
+        result: JobResult,
+        queue: &str,
+        gone: &CancellationToken,
+    ) -> Result<Vec<Parcel>, QueueError> {
+        let record = Record::new(result)?;
+        let (finished, done) = self.conclude(record.clone(), queue, gone).await?;
+        if finished == Finished::Recorded {
+            self.unrun.count(queue, &record.result);
+        }
+        Ok(done)
+    }
+
     /// Publishes a record, and tells of it.
     pub(super) async fn pronounce(
         &self,
@@ -150,8 +167,11 @@ impl Core {
     ) -> Result<(), QueueError> {
         let (id, labels) = (entry.id, entry.labels.clone());
         let record = Record::new(JobResult::without_run(id, labels, entry.submitted_at, reason, message))?;
-        let record = self.records.create(&record).await?.unwrap_or(record);
-        self.pronounce(&record, &entry.queue, &self.closing).await
+        let there = self.records.create(&record).await?;
+        if there.is_none() {
+            self.unrun.count(&entry.queue, &record.result);
+        }
+        self.pronounce(&there.unwrap_or(record), &entry.queue, &self.closing).await
     }
 
     /// Answers who asked for a job that has ended; its messages.

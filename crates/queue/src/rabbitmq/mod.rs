@@ -51,6 +51,7 @@ use self::topology::Source;
 use crate::views::state;
 use crate::{
     CancelOutcome, Consumer, ConsumerConfig, Counters, ListFilter, Queue, QueueDepth, QueueError, Submitted,
+    Unrun,
 };
 
 /// Events on their way to the broker; more are lost.
@@ -155,6 +156,7 @@ impl RabbitQueue {
             events_out,
             sequences: Default::default(),
             redeliveries: AtomicU64::new(0),
+            unrun: Default::default(),
             new_expiry: Default::default(),
             lost_grace: config.lost_grace,
             closing,
@@ -386,6 +388,10 @@ impl Queue for RabbitQueue {
             reconnects: self.reconnects.load(Ordering::Relaxed),
             redeliveries: self.core.redeliveries.load(Ordering::Relaxed),
         }
+    }
+
+    fn unrun(&self) -> Vec<Unrun> {
+        self.core.unrun.all()
     }
 
     async fn close(&self) {
