@@ -12,3 +12,4 @@ mod rabbitmq;
 mod rabbitmq_faults;
 mod store;
 mod suite;
+mod told;
