@@ -22,7 +22,7 @@ const ROOM: u64 = 1 << 30;
 const KERNEL: (u32, u32) = (6, 1);
 const KERNEL_REMEDY: &str = "use Linux 6.1 or newer";
 const SANDBOX_REMEDY: &str =
-    "run it as root, or in a container with CAP_SYS_ADMIN, CAP_NET_ADMIN and CAP_SYS_PTRACE, overlayfs and cgroups that it may write to";
+    "run it as root, or in a container with SYS_ADMIN, NET_ADMIN, SYS_PTRACE and writable cgroups";
 
 /// How much a finding matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
