@@ -84,9 +84,9 @@ impl Broker {
 
     /// Kills the server, as a power cut would; what it has on disk stays.
     ///
-    /// It waits until the server has written down its queues. RabbitMQ 3.10 notes a new quorum queue in a table that it
-    /// saves up to a second later; killed before that, it comes back with the queue's log, but never elects
-    /// a leader for it, and whoever speaks to the queue waits for ever.
+    /// It waits until the server has written down its queues. RabbitMQ 3.10 notes a new quorum queue in tables that it
+    /// saves some seconds later; killed before that, it comes back with the queue's log, but may never elect a leader for
+    /// it, so that whoever speaks to the queue waits for ever, or count its terms from the beginning again.
     pub fn kill9(&mut self) {
         let begin = Instant::now();
         while !self.node.queues_are_saved() && begin.elapsed() < SETTLE {
@@ -258,8 +258,8 @@ impl Node {
         self.command("rabbitmq-server").stdout(output.try_clone()?).stderr(output).process_group(0).spawn()
     }
 
-    /// Whether the table of quorum queues was saved after the youngest queue was made: the first part of an entry is
-    /// written at once, the rest a second later.
+    /// Whether both tables of quorum queues were saved after the youngest queue was made: their names, of which the first
+    /// part is written at once and the rest a second later, and their terms, three seconds later.
     fn queues_are_saved(&self) -> bool {
         const LATER: Duration = Duration::from_millis(300);
         let quorum = self.home.join("mnesia").join(&self.name).join("quorum").join(&self.name);
@@ -267,7 +267,8 @@ impl Node {
         let entries = fs::read_dir(&quorum).into_iter().flatten().flatten();
         let queues = entries.map(|entry| entry.path()).filter(|path| path.is_dir());
         let youngest = queues.filter_map(|queue| made(&queue.join("config"))).max();
-        youngest.map(|youngest| youngest + LATER) <= made(&quorum.join("names.dets"))
+        let saved = |table: &str| youngest.map(|youngest| youngest + LATER) <= made(&quorum.join(table));
+        saved("names.dets") && saved("meta.dets")
     }
 
     fn wait(&self) -> io::Result<()> {

@@ -140,7 +140,7 @@ async fn a_broker_that_is_killed_loses_nothing() {
     let (url, store, directory) = (broker.url(), memory(), tempfile::tempdir().unwrap());
     let gateway = gateway(&url, directory.path(), &store).await;
     let worker = worker(&url, &store).await;
-    let flow = Flow::start(&gateway, &worker, 1000, 4).await;
+    let flow = Flow::start(&gateway, &worker, 2000, 4).await;
     for round in 1..=2 {
         flow.reach(round * 80).await;
         tokio::task::block_in_place(|| broker.kill9());
@@ -161,7 +161,7 @@ async fn connections_that_are_cut_lose_nothing() {
     let (proxy, url) = Proxy::before(&broker.url()).await.unwrap();
     let gateway = gateway(&broker.url(), directory.path(), &store).await;
     let worker = worker(&url, &store).await;
-    let flow = Flow::start(&gateway, &worker, 1000, 4).await;
+    let flow = Flow::start(&gateway, &worker, 2000, 4).await;
     for round in 1..=15 {
         flow.reach(round * 60).await;
         proxy.cut();
