@@ -6,6 +6,7 @@ pub mod hutch;
 pub mod processes;
 pub mod programs;
 pub mod proxy;
+pub mod tools;
 
 /// Says aloud what could not be tested here and why: on stderr, and in the file that `HUTCH_SKIPPED` names,
 /// where the test command counts the lines.

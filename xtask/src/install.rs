@@ -1,6 +1,7 @@
-//! Debian packages that the tests and the benchmark use.
+//! What the tests and the benchmark use: Debian packages, and tools from PyPI.
 
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail};
 
@@ -15,7 +16,12 @@ pub(crate) const FOR_TESTS: &[Package] = &[
     ("busybox-static", "/bin/busybox"),
     ("gcc", "/usr/bin/gcc"),
     ("libc6-dev", "/usr/include/stdio.h"),
+    ("python3-venv", "/usr/share/doc/python3-venv"),
+    ("stress-ng", "/usr/bin/stress-ng"),
 ];
+
+/// Tools from PyPI for the tests: the command, and what pip installs.
+const TOOLS: &[(&str, &str)] = &[("cepheus", "cepheus-engine==1.1.1")];
 
 /// What the benchmark uses.
 pub(crate) const FOR_BENCH: &[Package] =
@@ -23,11 +29,8 @@ pub(crate) const FOR_BENCH: &[Package] =
 
 /// Installs those of the packages that are missing. Services that they bring are not started.
 pub(crate) fn packages(wanted: &[Package]) -> anyhow::Result<()> {
-    let missing: Vec<_> = wanted
-        .iter()
-        .filter(|(_, file)| !std::path::Path::new(file).exists())
-        .map(|(name, _)| *name)
-        .collect();
+    let missing: Vec<_> =
+        wanted.iter().filter(|(_, file)| !Path::new(file).exists()).map(|(name, _)| *name).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -36,11 +39,32 @@ pub(crate) fn packages(wanted: &[Package]) -> anyhow::Result<()> {
     for args in [&["update", "--quiet"][..], &install] {
         let mut command = Command::new("apt-get");
         command.args(args).env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1");
-        let status = command.stdout(std::process::Stdio::null()).status();
+        let status = command.stdout(Stdio::null()).status();
         let hint = || format!("run apt-get; install {} by hand", missing.join(" "));
         if !status.with_context(hint)?.success() {
             bail!("apt-get {} failed; run as root, or install {} by hand", args.join(" "), missing.join(" "));
         }
     }
     Ok(())
+}
+
+/// Installs those of the tools that are missing, each in a virtual environment of its own in `target/tools`. One that
+/// cannot be had is no failure: the tests that use it say that they were skipped.
+pub(crate) fn tools() {
+    for (command, wanted) in TOOLS {
+        let home = Path::new("target/tools").join(command);
+        if home.join("bin").join(command).exists() {
+            continue;
+        }
+        eprintln!("installing {wanted}");
+        let made = Command::new("python3").args(["-m", "venv"]).arg(&home).stdout(Stdio::null()).status();
+        let installed = made.is_ok_and(|status| status.success())
+            && Command::new(home.join("bin/pip"))
+                .args(["install", "--quiet", "--disable-pip-version-check", wanted])
+                .status()
+                .is_ok_and(|status| status.success());
+        if !installed {
+            eprintln!("{wanted} cannot be installed; what needs it is skipped");
+        }
+    }
 }

@@ -13,6 +13,7 @@ const SKIPPED: &str = "target/skipped.txt";
 pub(crate) fn run(long: bool) -> anyhow::Result<()> {
     let begun = Instant::now();
     install::packages(install::FOR_TESTS)?;
+    install::tools();
     cargo(&["fmt", "--all", "--check"], &[])?;
     check::run()?;
     cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
