@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/bpf.h>
+#include <linux/filter.h>
 #include <linux/keyctl.h>
 #include <sys/mount.h>
 #include <linux/perf_event.h>
@@ -19,6 +20,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/personality.h>
+#include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
@@ -158,6 +160,14 @@ TRY(socket_key, socket(AF_KEY, SOCK_RAW, 2))
 TRY(socket_raw, socket(AF_INET, SOCK_RAW, 1))
 
 /* The host's own state. */
+TRY(own_filter, syscall(SYS_seccomp, 1, 0, NULL))
+TRY(own_filter_prctl, prctl(PR_SET_SECCOMP, 2, NULL))
+static long try_filter_of_socket(void)
+{
+	struct sock_filter all = { BPF_RET | BPF_K, 0, 0, 0xffff };
+	struct sock_fprog program = { 1, &all };
+	return setsockopt(socket(AF_UNIX, SOCK_DGRAM, 0), SOL_SOCKET, SO_ATTACH_FILTER, &program, sizeof program);
+}
 TRY(reboot, syscall(SYS_reboot, 0, 0, 0, NULL))
 TRY(kexec_load, syscall(SYS_kexec_load, 0, 1000000, NULL, 0))
 TRY(init_module, syscall(SYS_init_module, NULL, 0, ""))
@@ -211,7 +221,7 @@ static const struct attempt attempts[] = {
 	ONE(socket_packet), ONE(socket_vsock), ONE(socket_alg), ONE(socket_key), ONE(socket_raw), ONE(reboot),
 	ONE(kexec_load), ONE(init_module), ONE(delete_module), ONE(swapon), ONE(swapoff), ONE(acct), ONE(quotactl),
 	ONE(settimeofday), ONE(clock_settime), ONE(clock_adjtime), ONE(syslog), ONE(sethostname), ONE(setdomainname),
-	ONE(personality),
+	ONE(personality), ONE(own_filter), ONE(own_filter_prctl), ONE(filter_of_socket),
 #ifdef __x86_64__
 	ONE(iopl), ONE(ioperm), ONE(i386), ONE(x32),
 #endif

@@ -23,6 +23,7 @@ fn wanted(name: &str) -> &'static [&'static str] {
     match name {
         // Its flags are behind a pointer, where no filter sees them: programs fall back to clone.
         "clone3_user" | "i386" | "x32" => &["ENOSYS"],
+        "own_filter" | "own_filter_prctl" => &["EINVAL"],
         "socket_raw" => &["EPERM"],
         _ if name.starts_with("socket_") => &["EAFNOSUPPORT"],
         _ if name.starts_with("write_") => &["EROFS", "EACCES"],

@@ -14,6 +14,7 @@ const DEFAULT: &str = include_str!("default.policy");
 
 const EPERM: u32 = libc::EPERM.unsigned_abs();
 const ENOSYS: u32 = libc::ENOSYS.unsigned_abs();
+const EINVAL: u32 = libc::EINVAL.unsigned_abs();
 const EAFNOSUPPORT: u32 = libc::EAFNOSUPPORT.unsigned_abs();
 
 /// `AUDIT_ARCH_*` of linux/audit.h for this machine.
@@ -38,6 +39,9 @@ enum Rule {
     CommonFamilies,
     NoTerminalInjection,
     NoDevices,
+    NoSystemCallFilters,
+    AsksOfFilters,
+    NoSocketFilters,
 }
 
 impl Rule {
@@ -48,6 +52,9 @@ impl Rule {
             "unix-inet-or-inet6" => Self::CommonFamilies,
             "not-terminal-injection" => Self::NoTerminalInjection,
             "a-fifo-a-socket-or-a-file" => Self::NoDevices,
+            "not-a-system-call-filter" => Self::NoSystemCallFilters,
+            "it-only-asks" => Self::AsksOfFilters,
+            "not-a-socket-filter" => Self::NoSocketFilters,
             _ => return None,
         })
     }
@@ -250,7 +257,33 @@ fn when(rule: Rule) -> Vec<Instruction> {
         // mknod has the mode second, mknodat third: a rule for both would have to know which; devices
         // are refused by the kernel anyway, so the pair is told apart by the number.
         Rule::NoDevices => mknod_rule(),
+        Rule::NoSystemCallFilters => {
+            let set_seccomp = libc::PR_SET_SECCOMP.unsigned_abs();
+            vec![op(LOAD_WORD, at_argument(0)), branch(JUMP_EQUAL, set_seccomp, 1, 0), ALLOW, errno(EINVAL)]
+        }
+        Rule::AsksOfFilters => {
+            one_of(0, None, &[libc::SECCOMP_GET_ACTION_AVAIL, libc::SECCOMP_GET_NOTIF_SIZES], EINVAL)
+        }
+        Rule::NoSocketFilters => socket_filter_rule(),
     }
+}
+
+/// Refuses to attach a program to a socket: setsockopt(2) with SOL_SOCKET and any of these.
+fn socket_filter_rule() -> Vec<Instruction> {
+    // SO_ATTACH_FILTER, SO_ATTACH_BPF, SO_ATTACH_REUSEPORT_CBPF, SO_ATTACH_REUSEPORT_EBPF of asm-generic/socket.h.
+    const FILTERS: [u32; 4] = [26, 50, 51, 52];
+    let level = libc::SOL_SOCKET.unsigned_abs();
+    let mut program = vec![
+        op(LOAD_WORD, at_argument(1)),
+        branch(JUMP_EQUAL, level, 1, 0),
+        ALLOW,
+        op(LOAD_WORD, at_argument(2)),
+    ];
+    for (left, option) in (1..=4).rev().zip(FILTERS) {
+        program.push(branch(JUMP_EQUAL, option, left, 0));
+    }
+    program.extend([ALLOW, errno(EPERM)]);
+    program
 }
 
 /// Allows if the argument, masked, is one of these.
@@ -377,6 +410,15 @@ mod tests {
         assert_eq!(call("personality", [0; 6]), RETURN_ALLOW);
         assert_eq!(call("personality", [0xffff_ffff, 0, 0, 0, 0, 0]), RETURN_ALLOW);
         assert_eq!(call("personality", [0x0004_0000, 0, 0, 0, 0, 0]), denied);
+        assert_eq!(call("prctl", [u64::from(libc::PR_SET_NAME.unsigned_abs()), 0, 0, 0, 0, 0]), RETURN_ALLOW);
+        assert_eq!(call("prctl", [0xf_0000_0016, 2, 0, 0, 0, 0]), RETURN_ERRNO | EINVAL, "PR_SET_SECCOMP");
+        assert_eq!(call("seccomp", [1, 0, 0, 0, 0, 0]), RETURN_ERRNO | EINVAL, "SECCOMP_SET_MODE_FILTER");
+        assert_eq!(call("seccomp", [2, 0, 0, 0, 0, 0]), RETURN_ALLOW, "SECCOMP_GET_ACTION_AVAIL");
+        for option in [26, 50, 51, 52] {
+            assert_eq!(call("setsockopt", [0, 1, option, 0, 0, 0]), denied, "socket option {option}");
+            assert_eq!(call("setsockopt", [0, 6, option, 0, 0, 0]), RETURN_ALLOW, "TCP option {option}");
+        }
+        assert_eq!(call("setsockopt", [0, 1, 2, 0, 0, 0]), RETURN_ALLOW, "SO_REUSEADDR");
         assert_eq!(call("mknodat", [0, 0, 0o10644, 0, 0, 0]), RETURN_ALLOW, "a FIFO");
         assert_eq!(call("mknodat", [0, 0, 0o20644, 0, 0, 0]), denied, "a device");
         assert_eq!(call("mknodat", [0, 0o10644, 0o60644, 0, 0, 0]), denied, "a device, mode third");
