@@ -2,7 +2,7 @@
 //! to end, or killed.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Output, Stdio};
 use std::sync::OnceLock;
 
@@ -96,7 +96,13 @@ impl House {
     /// A command of the binary that keeps all it keeps in this house.
     #[must_use]
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(crate::hutch::binary());
+        self.command_of(crate::hutch::binary(), arguments)
+    }
+
+    /// The same, of another binary.
+    #[must_use]
+    pub fn command_of(&self, binary: &Path, arguments: &[&str]) -> Command {
+        let mut command = Command::new(binary);
         command
             .args(arguments)
             .current_dir(self.directory.path())
@@ -145,20 +151,8 @@ impl House {
     #[must_use]
     pub fn serve_with(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Served {
         let mut command = self.command(arguments);
-        command.envs(variables.iter().copied()).args(["--listen", "127.0.0.1:0"]);
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("spawn");
-        let mut stderr = BufReader::new(child.stderr.take().expect("stderr"));
-        let mut said = String::new();
-        let (url, ready) = loop {
-            let mut line = String::new();
-            let more = stderr.read_line(&mut line).expect("line");
-            assert!(more > 0, "it is not ready: {said}");
-            if let Some(url) = line.split_whitespace().find(|word| word.starts_with("http://")) {
-                break (url.trim_end_matches("/metrics").to_owned(), line);
-            }
-            said.push_str(&line);
-        };
-        Served { child, stderr, url, ready, http: Http::new() }
+        command.envs(variables.iter().copied());
+        Served::start(command)
     }
 }
 
@@ -172,6 +166,30 @@ pub struct Served {
     /// The line that said it is ready.
     pub ready: String,
     http: Http,
+}
+
+impl Served {
+    /// Starts a service, on a port that is free, and waits for the line that says it is ready.
+    ///
+    /// # Panics
+    /// If it does not become ready.
+    #[must_use]
+    pub fn start(mut command: Command) -> Self {
+        command.args(["--listen", "127.0.0.1:0"]);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("spawn");
+        let mut stderr = BufReader::new(child.stderr.take().expect("stderr"));
+        let mut said = String::new();
+        let (url, ready) = loop {
+            let mut line = String::new();
+            let more = stderr.read_line(&mut line).expect("line");
+            assert!(more > 0, "it is not ready: {said}");
+            if let Some(url) = line.split_whitespace().find(|word| word.starts_with("http://")) {
+                break (url.trim_end_matches("/metrics").to_owned(), line);
+            }
+            said.push_str(&line);
+        };
+        Self { child, stderr, url, ready, http: Http::new() }
+    }
 }
 
 /// A client of HTTP that waits for its answers.

@@ -39,6 +39,36 @@ pub fn binary() -> &'static Path {
     })
 }
 
+/// The binary with defences that can be taken away: `HUTCH_WEAK_BIN`, or what `cargo xtask weak` has built.
+///
+/// # Errors
+/// That there is none, or that it is older than what it is made of.
+pub fn weak_binary() -> Result<PathBuf, String> {
+    if let Some(path) = std::env::var_os("HUTCH_WEAK_BIN") {
+        return Ok(path.into());
+    }
+    let own = std::env::current_exe().map_err(|e| e.to_string())?;
+    let weak = own.ancestors().nth(2).ok_or("no target directory")?.join("hutch-weak");
+    let missing = |e| format!("{}: {e}; `cargo xtask weak` builds it", weak.display());
+    let made = weak.metadata().and_then(|meta| meta.modified()).map_err(missing)?;
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates");
+    let newest = ["sandbox", "sandbox-sys"].map(|name| newest(&crates.join(name).join("src")));
+    if newest.into_iter().flatten().any(|changed| changed > made) {
+        return Err(format!("{} is older than its sources; `cargo xtask weak` builds it", weak.display()));
+    }
+    Ok(weak)
+}
+
+/// When a file below a directory was changed last.
+fn newest(dir: &Path) -> Option<std::time::SystemTime> {
+    let entries = std::fs::read_dir(dir).ok()?.flatten();
+    let times = entries.filter_map(|entry| match entry.file_type() {
+        Ok(kind) if kind.is_dir() => newest(&entry.path()),
+        _ => entry.metadata().and_then(|meta| meta.modified()).ok(),
+    });
+    times.max()
+}
+
 /// Whether sandboxes can be made here; if not, says so, and the test is skipped.
 pub fn can_run(test: &str) -> bool {
     let root = std::fs::read_to_string("/proc/self/status")

@@ -11,19 +11,25 @@ pub enum Program {
     Probe,
     /// Tries what a sandbox must not let through.
     Attempt,
+    /// Attacks by name, each of which says whether it got through.
+    Hostile,
 }
 
 impl Program {
+    const ALL: [Self; 3] = [Self::Probe, Self::Attempt, Self::Hostile];
+
     fn name(self) -> &'static str {
         match self {
             Self::Probe => "probe",
             Self::Attempt => "attempt",
+            Self::Hostile => "hostile",
         }
     }
 }
 
 /// The directory with `box/bin/NAME` for every program, to be stacked as a layer or run here; none where
-/// they cannot be compiled. It is left to whoever cleans the temporary directory's place: the build.
+/// they cannot be compiled. `HUTCH_TEST_PROGRAMS` names one that was made elsewhere. It is left to whoever cleans the
+/// temporary directory's place: the build.
 #[must_use]
 pub fn layer() -> Option<&'static Path> {
     static LAYER: OnceLock<Option<PathBuf>> = OnceLock::new();
@@ -50,13 +56,16 @@ pub fn inside(program: Program) -> String {
 }
 
 fn compile() -> Result<PathBuf, String> {
+    if let Some(made) = std::env::var_os("HUTCH_TEST_PROGRAMS") {
+        return Ok(made.into());
+    }
     let own = std::env::current_exe().map_err(|e| e.to_string())?;
     let name = own.file_name().unwrap_or_default().to_string_lossy();
     let target = own.ancestors().nth(2).ok_or("no target directory")?;
     let layer = target.join("test-programs").join(&*name);
     let bin = layer.join("box/bin");
     std::fs::create_dir_all(&bin).map_err(|e| format!("{}: {e}", bin.display()))?;
-    for program in [Program::Probe, Program::Attempt] {
+    for program in Program::ALL {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs").join(program.name());
         let draft = bin.join(format!(".{}-{}", program.name(), std::process::id()));
         let output = Command::new("cc")

@@ -7,6 +7,8 @@ use std::process::Command;
 use anyhow::{Context as _, bail};
 use serde_json::Value;
 
+use crate::threat_table;
+
 /// Each crate of the workspace, and which of the others it may use; see ARCHITECTURE.md.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("hutch-proto", &[]),
@@ -22,6 +24,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     ("hutch-bench", &["hutch-proto", "hutch-sandbox"]),
     ("hutch-tests", &["hutch-proto", "hutch-sandbox", "hutch-layers", "hutch-queue"]),
+    ("hutch-weak", &["hutch", "hutch-sandbox"]),
     ("xtask", &[]),
 ];
 
@@ -40,6 +43,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     for file in &files {
         source(file, &fs::read_to_string(file)?)?;
     }
+    threat_table::complete()?;
     eprintln!("architecture: {} files are where they belong", files.len());
     Ok(())
 }

@@ -1,9 +1,11 @@
-//! What developers run: `cargo xtask test`, `check`, `bench`, `schema`, `fuzz`.
+//! What developers run: `cargo xtask test`, `weak`, `threat-table`, `check`, `bench`, `schema`, `fuzz`.
 
 mod check;
 mod install;
 mod suite;
+mod threat_table;
 
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context as _, bail};
@@ -23,6 +25,14 @@ enum Task {
         /// Run the long forms of soaks too
         #[arg(long)]
         long: bool,
+    },
+    /// Build the binary with defences that can be taken away, which the hostile tests use
+    Weak,
+    /// Merge what the hostile tests wrote (HUTCH_HOSTILE_TABLE) into docs/threat-model.md
+    ThreatTable {
+        /// Files with a line of JSON for each attack
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
     },
     /// Check who imports whom, and where unsafe code is
     Check,
@@ -56,6 +66,8 @@ fn cargo(args: &[&str], env: &[(&str, &str)]) -> anyhow::Result<()> {
 fn main() -> anyhow::Result<()> {
     match Args::parse().task {
         Task::Test { long } => suite::run(long),
+        Task::Weak => suite::weak(),
+        Task::ThreatTable { files } => threat_table::merge(&files),
         Task::Check => check::run(),
         Task::Bench { args } => {
             install::packages(install::FOR_BENCH)?;

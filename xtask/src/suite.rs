@@ -18,6 +18,7 @@ pub(crate) fn run(long: bool) -> anyhow::Result<()> {
     check::run()?;
     cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
     cargo(&["build", "--workspace"], &[])?;
+    weak()?;
     let _ = fs::remove_file(SKIPPED);
     dependencies()?;
     let skipped = std::env::current_dir()?.join(SKIPPED);
@@ -33,6 +34,11 @@ pub(crate) fn run(long: bool) -> anyhow::Result<()> {
         eprintln!("  skipped: {reason}");
     }
     Ok(())
+}
+
+/// Builds the binary with defences that can be taken away: alone, so that the feature is not unified into the product.
+pub(crate) fn weak() -> anyhow::Result<()> {
+    cargo(&["build", "--package", "hutch-weak", "--features", "weaken"], &[])
 }
 
 /// Licences, sources and bans of all that is depended on, by cargo-deny (deny.toml), where it is installed.

@@ -23,6 +23,7 @@ use crate::bpf::Instruction;
 use crate::channel::Channel;
 use crate::child::Workspace;
 use crate::child::parked::{open_namespace, user_namespace};
+use crate::defence::{self, Defence, without};
 use crate::plan::{IdRange, Plan, RootIs};
 use crate::process::{Cloned, clone_process, exit_now, flags, forget_arguments, reset_signals};
 use crate::tinyroot::{self, OldRoot};
@@ -113,6 +114,7 @@ impl Launcher {
     /// # Errors
     /// EBUSY if there are other threads already; EPERM if this process may not make mount namespaces.
     pub fn fork(filter: Vec<Instruction>) -> Result<Self> {
+        defence::arm();
         if std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() > 1) {
             return Err(Errno::EBUSY);
         }
@@ -315,7 +317,14 @@ impl Service {
     fn park(&mut self, ids: IdRange) -> Result<Vec<OwnedFd>> {
         let (here, there) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
-        let namespaces = flags::NEWPID | flags::NEWNS | flags::NEWIPC | flags::NEWUTS;
+        let mut namespaces = flags::NEWPID | flags::NEWNS | flags::NEWIPC | flags::NEWUTS;
+        for (defence, flag) in
+            [(Defence::PidNamespace, flags::NEWPID), (Defence::IpcNamespace, flags::NEWIPC)]
+        {
+            if without(defence) {
+                namespaces &= !flag;
+            }
+        }
         // SAFETY: the launcher has one thread, and `init` never returns.
         match unsafe { clone_process(namespaces, None) }? {
             Cloned::Child => {

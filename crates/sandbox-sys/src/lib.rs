@@ -12,6 +12,7 @@
 pub mod bpf;
 mod channel;
 mod child;
+pub mod defence;
 mod launcher;
 pub mod mount;
 mod order;

@@ -6,6 +6,7 @@ use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::null;
 
+use crate::defence::{Defence, without};
 use crate::{Errno, Result};
 
 /// Mount attribute: read-only.
@@ -221,6 +222,7 @@ pub fn open_beneath(
     resolve: u64,
 ) -> Result<OwnedFd> {
     let flags = u64::try_from(flags | libc::O_CLOEXEC).map_err(|_| Errno::EINVAL)?;
+    let (path, resolve) = if without(Defence::ScopedPaths) { (relative(path), 0) } else { (path, resolve) };
     let how = OpenHow { flags, mode: u64::from(mode), resolve };
     loop {
         // SAFETY: `path` is NUL-terminated, `how` has the kernel's layout and the size passed.
@@ -240,6 +242,20 @@ pub fn open_beneath(
             other => return other,
         }
     }
+}
+
+/// A path that begins where its directory is, even without [`RESOLVE_IN_ROOT`].
+fn relative(path: &CStr) -> &CStr {
+    let start = path.to_bytes().iter().take_while(|byte| **byte == b'/').count();
+    let rest = path.to_bytes_with_nul().get(start..).and_then(|rest| CStr::from_bytes_with_nul(rest).ok());
+    rest.filter(|rest| !rest.is_empty()).unwrap_or(c".")
+}
+
+/// The attributes of every mount of a sandbox that layers, volumes or the job itself can put files in.
+#[must_use]
+pub fn harmless() -> u64 {
+    let unless = |defence: Defence, attribute: u64| if without(defence) { 0 } else { attribute };
+    unless(Defence::NoSuid, NOSUID) | unless(Defence::NoDev, NODEV)
 }
 
 /// Whether a file has this extended attribute: fgetxattr(2).

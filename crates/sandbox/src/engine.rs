@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hutch_proto::JobSpec;
+use hutch_sandbox_sys::defence::{Defence, without};
 use hutch_sandbox_sys::{CgroupHome, IdRange, Launcher as RawLauncher, RootIs};
 use tokio_util::sync::CancellationToken;
 
@@ -345,8 +346,9 @@ impl Drop for Live<'_> {
 
 fn make_private(dir: &std::path::Path) -> std::io::Result<()> {
     use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
+    let mode = if without(Defence::PrivateStore) { 0o755 } else { 0o700 };
+    std::fs::DirBuilder::new().recursive(true).mode(mode).create(dir)?;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(mode))
 }
 
 fn tell_launcher(launcher: &RawLauncher, cgroups: &Cgroups) -> Result<(), EngineError> {

@@ -26,5 +26,6 @@ mod verdict;
 
 pub use config::EngineConfig;
 pub use engine::{Engine, EngineError, Launcher, Order, Remains};
+pub use hutch_sandbox_sys::defence::Defence;
 pub use observe::{Observer, SlotGauges, Stream, Unobserved};
 pub use report::{Durations, JobFacts, Report};

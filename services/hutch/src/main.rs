@@ -34,7 +34,9 @@ use hutch_sandbox::{EngineError, Launcher};
 use cli::{Cli, Command, ConfigCommand};
 use settings::Flags;
 
-fn main() -> ExitCode {
+/// The whole of the program: what `main` is.
+#[must_use]
+pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let on_error = exit::on_error(&cli.command);
     let launcher = cli.command.runs_sandboxes().then(Launcher::fork).transpose();

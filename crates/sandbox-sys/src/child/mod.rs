@@ -26,6 +26,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
 use crate::bpf::Instruction;
+use crate::defence::{Defence, without};
 use crate::order::{CgroupRef, Order};
 use crate::plan::{FdIndex, IdRange};
 use crate::process::{
@@ -203,9 +204,10 @@ fn start_program(sandbox: &mut Sandbox<'_>, stack: &mut Stack) -> core::result::
         CgroupRef::Tasks(_) => None,
         CgroupRef::Unified(dir, _) => Some(fd_of(fds, dir).map_err(&cloning)?),
     };
+    let namespaces = if without(Defence::NeverPidOne) { crate::process::flags::NEWPID } else { 0 };
     let argument = core::ptr::from_mut(sandbox).cast();
     // SAFETY: init has one thread; `run_program` does not return, and writes only to the sandbox that it is given.
-    let pid = unsafe { start_sharing(0, Beside::Waits, cgroup, stack, run_program, argument) };
+    let pid = unsafe { start_sharing(namespaces, Beside::Waits, cgroup, stack, run_program, argument) };
     pid.map(Pid::from_raw).map_err(&cloning)
 }
 
@@ -246,7 +248,8 @@ fn wait_for(report: BorrowedFd<'_>, program: Pid) -> libc::c_int {
         if pid > 0 {
             continue;
         }
-        if mask.wait() == Ok(Signal::SIGTERM) {
+        // Without a namespace of its own, -1 would be everybody.
+        if mask.wait() == Ok(Signal::SIGTERM) && !without(Defence::PidNamespace) {
             let _ = nix::sys::signal::kill(Pid::from_raw(-1), Signal::SIGTERM);
         }
     }

@@ -11,7 +11,7 @@ use nix::mount::{MsFlags, mount};
 
 use super::Line;
 use crate::Result;
-use crate::mount::{NODEV, NOSUID, NewFilesystem, attach};
+use crate::mount::{NODEV, NOSUID, NewFilesystem, attach, harmless};
 use crate::order::{List, TextRef};
 
 /// Room for the options of mount(2): less than a page is taken of a text.
@@ -74,7 +74,7 @@ fn by_descriptors(parts: Parts<'_>, target: &CStr) -> Result<()> {
     }
     overlay.set(c"upperdir", parts.upper)?;
     overlay.set(c"workdir", parts.work)?;
-    attach(overlay.mount(NOSUID | NODEV)?.as_fd(), AT_FDCWD, target)
+    attach(overlay.mount(harmless())?.as_fd(), AT_FDCWD, target)
 }
 
 fn classic(parts: Parts<'_>, target: &CStr) -> Result<()> {
@@ -92,6 +92,8 @@ fn classic(parts: Parts<'_>, target: &CStr) -> Result<()> {
         options.push(b"=")?;
         options.push(value.to_bytes())?;
     }
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    let mut flags = MsFlags::empty();
+    flags.set(MsFlags::MS_NOSUID, harmless() & NOSUID != 0);
+    flags.set(MsFlags::MS_NODEV, harmless() & NODEV != 0);
     mount(Some(c"hutch"), target, Some(c"overlay"), flags, Some(options.as_cstr()?))
 }

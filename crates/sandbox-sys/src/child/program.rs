@@ -18,6 +18,7 @@ use super::files::{
 };
 use super::user::{Key, find_group, find_user, groups_of};
 use super::{Failure, Line, Sandbox};
+use crate::defence::{Defence, without};
 use crate::order::{CgroupRef, FileRef, List, TextRef};
 use crate::process::{
     close_at_exec, exec, exit_now, forbid_capabilities, install_filter, keep_capabilities, monotonic_ns,
@@ -51,7 +52,9 @@ pub(super) fn run(sandbox: &mut Sandbox<'_>) -> ! {
 fn prepare_and_exec(sandbox: &mut Sandbox<'_>) -> core::result::Result<core::convert::Infallible, Failure> {
     enter_cgroup(sandbox).map_err(Failure::at(Stage::Cgroup))?;
     let mapping = Failure::at(Stage::IdMap);
-    nix::sched::setns(sandbox.userns, CloneFlags::CLONE_NEWUSER).map_err(&mapping)?;
+    if !without(Defence::UserNamespace) {
+        nix::sched::setns(sandbox.userns, CloneFlags::CLONE_NEWUSER).map_err(&mapping)?;
+    }
     set_ids(0, 0).map_err(&mapping)?;
     let root = openat(AT_FDCWD, c"/", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(&mapping)?;
     // Who the user is may be said by the job's own files: those come first.
@@ -68,7 +71,9 @@ fn prepare_and_exec(sandbox: &mut Sandbox<'_>) -> core::result::Result<core::con
     }
     confine(&identity).map_err(Failure::at(Stage::Confine))?;
     nix::unistd::fchdir(&cwd).map_err(Failure::at(Stage::Cwd))?;
-    install_filter(sandbox.filter).map_err(Failure::at(Stage::Confine))?;
+    if !without(Defence::Seccomp) {
+        install_filter(sandbox.filter).map_err(Failure::at(Stage::Confine))?;
+    }
     Err(Failure::at(Stage::Exec)(exec_first(sandbox, &identity)))
 }
 
@@ -76,6 +81,9 @@ fn enter_cgroup(sandbox: &Sandbox<'_>) -> Result<()> {
     let (CgroupRef::Tasks(tasks) | CgroupRef::Unified(_, tasks)) = sandbox.order.program.cgroup;
     for file in tasks {
         nix::unistd::write(sandbox.fd(file?)?, b"0")?;
+    }
+    if without(Defence::CgroupNamespace) {
+        return Ok(());
     }
     unshare(CloneFlags::CLONE_NEWCGROUP)
 }
@@ -249,6 +257,9 @@ fn take_streams(sandbox: &Sandbox<'_>, root: BorrowedFd<'_>) -> Result<()> {
     }
     nix::unistd::dup2_stdout(sandbox.fd(stdout)?)?;
     nix::unistd::dup2_stderr(sandbox.fd(stderr)?)?;
+    if without(Defence::CloseDescriptors) {
+        return keep_at_exec();
+    }
     close_at_exec(3)
 }
 
@@ -256,11 +267,32 @@ fn confine(identity: &Identity) -> Result<()> {
     nix::unistd::setsid()?;
     nix::sys::stat::umask(Mode::from_bits_truncate(0o022));
     unblock_signals()?;
-    forbid_capabilities()?;
+    if !without(Defence::Capabilities) {
+        forbid_capabilities()?;
+    }
     set_groups(identity.groups.get(..identity.group_count).unwrap_or_default())?;
     set_ids(identity.uid, identity.gid)?;
-    keep_capabilities(0)?;
+    if !without(Defence::Capabilities) {
+        keep_capabilities(0)?;
+    }
+    if without(Defence::NoNewPrivileges) {
+        return Ok(());
+    }
     nix::sys::prctl::set_no_new_privs()
+}
+
+/// What happens where descriptors leak: all that init held stay open. Only the tests' binary gets here.
+fn keep_at_exec() -> Result<()> {
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+    for raw in 3..64 {
+        // SAFETY: nothing is closed; a number that is no descriptor is answered with EBADF.
+        let fd = unsafe { BorrowedFd::borrow_raw(raw) };
+        match fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())) {
+            Err(Errno::EBADF) => {}
+            other => drop(other?),
+        }
+    }
+    Ok(())
 }
 
 /// Tries each candidate as execvp(3) does; returns the errno that says most.

@@ -11,6 +11,7 @@ use super::files::{Owner, RESOLVE, make_directory};
 use super::overlay::{self, Parts};
 use super::receive::give;
 use super::{Failure, Sandbox, parked};
+use crate::defence::{Defence, without};
 use crate::mount::{
     RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, attach, clone_tree, open_beneath, relocate, restrict,
 };
@@ -57,6 +58,8 @@ impl Site<'_> {
             StepRef::Directory { inside, mode } => {
                 make_directory(self.root()?, inside.get()?, mode, self.owner).map(drop)
             }
+            StepRef::Devices if without(Defence::DeviceTree) => Ok(()),
+            StepRef::Proc if without(Defence::OwnProc) => Ok(()),
             StepRef::Devices => relocate(parked::DEVICES, self.own_directory(c"dev")?.as_fd()),
             StepRef::Volume { mount, inside, .. } => {
                 let place = make_directory(self.root()?, inside.get()?, 0o755, self.owner)?;

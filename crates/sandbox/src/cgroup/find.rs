@@ -6,6 +6,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use hutch_sandbox_sys::defence::{Defence, without};
+
 use super::{Controller, JobCgroup, Version, read_text, write_file};
 
 /// Prefix of the name of every home; the worker's pid and start time follow.
@@ -88,7 +90,7 @@ impl Cgroups {
             cgroups.make_home(version, parent, controllers)?;
         }
         for (controller, what, remedy) in REQUIRED {
-            if !taken.contains(controller) {
+            if !taken.contains(controller) && !without(Defence::HeldLimits) {
                 return Err(FindError::Missing { what, remedy });
             }
         }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::CString;
 
 use hutch_proto::{JobSpec, Limits, StepSpec};
+use hutch_sandbox_sys::defence::{Defence, without};
 use hutch_sandbox_sys::{Rlimit, Text};
 
 use super::inline;
@@ -39,6 +40,9 @@ pub(super) fn plan(
 ) -> Result<StepPlan, Refusal> {
     let (number, step) = step.unzip();
     let mut env: BTreeMap<&str, &str> = BTreeMap::from([("LANG", DEFAULT_LANG), ("PATH", DEFAULT_PATH)]);
+    // What a worker that hands its own environment on would give away.
+    let own = if without(Defence::CleanEnvironment) { std::env::vars().collect() } else { BTreeMap::new() };
+    env.extend(own.iter().map(|(name, value)| (name.as_str(), value.as_str())));
     let given = spec.env.iter().chain(step.into_iter().flat_map(|step| &step.env));
     env.extend(given.map(|(name, value)| (name.as_str(), value.as_str())));
     let stdin = step.and_then(|step| step.stdin.as_ref()).or(spec.stdin.as_ref());

@@ -1,0 +1,5 @@
+//! `hutch`: one binary for everything.
+
+fn main() -> std::process::ExitCode {
+    hutch::main()
+}
