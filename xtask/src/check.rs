@@ -15,6 +15,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("hutch-sandbox-sys", &[]),
     ("hutch-sandbox", &["hutch-proto", "hutch-sandbox-sys"]),
     ("hutch-layers", &["hutch-proto"]),
+    ("hutch-trees", &["hutch-proto"]),
     ("hutch-queue", &["hutch-proto"]),
     ("hutch-worker", &["hutch-proto", "hutch-sandbox", "hutch-layers", "hutch-queue"]),
     ("hutch-gateway", &["hutch-proto", "hutch-layers", "hutch-queue"]),
