@@ -16,5 +16,6 @@ mod stream;
 mod unpack;
 
 pub use error::UnpackError;
-pub use store::{LayerFacts, TreeStore};
+pub use store::{InUse, LayerFacts, TreeStore};
+pub use stream::decompressed;
 pub use unpack::{Caps, Owners, Unpacked, unpack};

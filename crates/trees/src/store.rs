@@ -13,7 +13,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -37,6 +37,14 @@ pub struct LayerFacts {
     pub entries: u64,
     /// The time of its newest file or directory, in seconds since 1970.
     pub newest_s: i64,
+}
+
+/// A layer's tree that stays while this lives.
+#[derive(Debug)]
+pub struct InUse {
+    /// The root of the tree.
+    pub dir: OwnedFd,
+    _lock: Flock<File>,
 }
 
 /// The layers of this host; cheap to clone.
@@ -161,6 +169,30 @@ impl TreeStore {
         Ok(layers)
     }
 
+    /// Opens the tree of a layer for use: it is not removed before the answer is dropped. None if it is not here.
+    ///
+    /// # Errors
+    /// [`UnpackError::Host`] if it is there and cannot be opened.
+    pub fn open_tree(&self, diff_id: &Digest) -> Result<Option<InUse>, UnpackError> {
+        let failed = |e: io::Error| UnpackError::host(format!("open the layer {diff_id}"), e);
+        let place = self.place(diff_id);
+        let file = match File::open(place.join("layer.json")) {
+            Ok(file) => file,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(failed(e)),
+        };
+        // One who removes it holds the lock alone, and takes the tree away before letting go.
+        let Ok(lock) = Flock::lock(file, FlockArg::LockSharedNonblock) else { return Ok(None) };
+        match File::open(place.join("fs")) {
+            Ok(dir) => {
+                self.touch(diff_id);
+                Ok(Some(InUse { dir: dir.into(), _lock: lock }))
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(failed(e)),
+        }
+    }
+
     /// Notes that a layer is used now.
     pub fn touch(&self, diff_id: &Digest) {
         // A store that cannot be written to keeps an older time: the layer may be unpacked again, no more.
@@ -168,12 +200,13 @@ impl TreeStore {
         let _ = file.and_then(|file| file.set_modified(SystemTime::now()));
     }
 
-    /// Removes a layer; whether it was there. A sandbox that has it mounted keeps it until it ends only if its files
-    /// are not looked up anew: the caller sees to it that none has.
+    /// Removes a layer; whether it was there and nobody uses it.
     ///
     /// # Errors
     /// [`UnpackError::Host`].
     pub fn remove(&self, diff_id: &Digest) -> Result<bool, UnpackError> {
+        let Ok(file) = File::open(self.place(diff_id).join("layer.json")) else { return Ok(false) };
+        let Ok(_lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { return Ok(false) };
         let temporary = Temporary::make(&self.tmp())?;
         match fs::rename(self.place(diff_id), temporary.path.join("removed")) {
             Ok(()) => Ok(true),

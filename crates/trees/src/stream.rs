@@ -16,8 +16,11 @@ const WINDOW_LOG: u32 = 27;
 #[error("more than {0} bytes")]
 pub(crate) struct OverCap(pub(crate) u64);
 
-/// Decompresses what is compressed.
-pub(crate) fn decompressed<'r>(blob: impl Read + 'r) -> io::Result<Box<dyn Read + 'r>> {
+/// Decompresses what is compressed, and passes on what is not.
+///
+/// # Errors
+/// If the first bytes cannot be read.
+pub fn decompressed<'r>(blob: impl Read + 'r) -> io::Result<Box<dyn Read + 'r>> {
     let mut head = Vec::with_capacity(4);
     let mut blob = BufReader::with_capacity(128 << 10, blob);
     (&mut blob).take(4).read_to_end(&mut head)?;

@@ -23,6 +23,9 @@ fn a_layer_is_there_whole_or_not_at_all() {
     assert!(matches!(wrong, UnpackError::WrongDigest { .. }), "{wrong}");
     assert_eq!(store.list().expect("list").len(), 1);
     assert_eq!(fs::read_dir(store.tmp()).expect("tmp").count(), 0, "nothing is left of what failed");
+    let used = store.open_tree(&digest).expect("open").expect("there");
+    assert!(!store.remove(&digest).expect("in use"), "what a job uses stays");
+    drop(used);
     assert!(store.remove(&digest).expect("removed") && !store.remove(&digest).expect("gone"));
     assert!(store.facts(&digest).is_none());
     assert_eq!(fs::read_dir(store.tmp()).expect("tmp").count(), 0);
