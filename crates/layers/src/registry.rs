@@ -72,6 +72,8 @@ impl Registries {
     }
 
     fn client(&self, registry: &str) -> Client {
+        // Whoever was first has installed the same.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let host = registry.split(':').next().unwrap_or_default();
         let plain =
             matches!(host, "localhost" | "127.0.0.1") || self.insecure.iter().any(|known| known == registry);
