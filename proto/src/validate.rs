@@ -9,6 +9,8 @@ use crate::{
     Content, JobPath, JobSpec, LayerRef, MAX_SPEC_BYTES, Problem, SpecError, StepSpec, VolumeSource,
 };
 
+/// How many problems are told one by one.
+const MAX_PROBLEMS: usize = 256;
 /// The most layers of a job, as written and after expansion.
 pub const MAX_LAYERS: usize = 64;
 const MAX_ARGS: usize = 4096;
@@ -33,9 +35,9 @@ impl JobSpec {
     /// Checks what the types cannot say.
     ///
     /// # Errors
-    /// Every problem that was found.
+    /// The problems that were found: the first 256, and how many more there are.
     pub fn validate(&self) -> Result<(), SpecError> {
-        let mut found = Vec::new();
+        let mut found = Found::default();
         check_layers(&self.layers, &mut found);
         check_programs(self, &mut found);
         check_env("env", &self.env, &mut found);
@@ -44,7 +46,36 @@ impl JobSpec {
         check_volumes(self, &mut found);
         check_delivery(self, &mut found);
         check_globs(&self.outputs.paths, &mut found);
-        if found.is_empty() { Ok(()) } else { Err(SpecError::Invalid(found)) }
+        let problems = found.into_problems();
+        if problems.is_empty() { Ok(()) } else { Err(SpecError::Invalid(problems)) }
+    }
+}
+
+/// What was found wrong: as much as helps, so that a spec of 100,000 faults is no answer of 100,000 sentences.
+#[derive(Debug, Default)]
+struct Found {
+    problems: Vec<Problem>,
+    more: usize,
+}
+
+impl Found {
+    fn push(&mut self, problem: Problem) {
+        if self.problems.len() < MAX_PROBLEMS {
+            self.problems.push(problem);
+        } else {
+            self.more += 1;
+        }
+    }
+
+    fn count(&self) -> usize {
+        self.problems.len() + self.more
+    }
+
+    fn into_problems(mut self) -> Vec<Problem> {
+        if self.more > 0 {
+            self.problems.push(Problem::new("", format!("{} more problems", self.more)));
+        }
+        self.problems
     }
 }
 
@@ -52,7 +83,7 @@ fn too_many(path: &str, count: usize, most: usize) -> Problem {
     Problem::new(path, format!("at most {most} are allowed, these are {count}"))
 }
 
-fn check_layers(layers: &[LayerRef], found: &mut Vec<Problem>) {
+fn check_layers(layers: &[LayerRef], found: &mut Found) {
     if layers.is_empty() {
         found.push(Problem::new(
             "layers",
@@ -72,7 +103,7 @@ fn check_layers(layers: &[LayerRef], found: &mut Vec<Problem>) {
     }
 }
 
-fn check_programs(spec: &JobSpec, found: &mut Vec<Problem>) {
+fn check_programs(spec: &JobSpec, found: &mut Found) {
     if let Some(command) = &spec.command {
         check_command("command", command, found);
         if !spec.steps.is_empty() {
@@ -94,7 +125,7 @@ fn check_programs(spec: &JobSpec, found: &mut Vec<Problem>) {
     }
 }
 
-fn check_step(path: &str, step: &StepSpec, found: &mut Vec<Problem>) {
+fn check_step(path: &str, step: &StepSpec, found: &mut Found) {
     if !is_name(&step.name) {
         found.push(Problem::new(format!("{path}.name"), NAME_RULE));
     }
@@ -103,7 +134,7 @@ fn check_step(path: &str, step: &StepSpec, found: &mut Vec<Problem>) {
     check_limits(&format!("{path}.limits"), &step.limits, found);
 }
 
-fn check_command(path: &str, command: &[String], found: &mut Vec<Problem>) {
+fn check_command(path: &str, command: &[String], found: &mut Found) {
     match command.first() {
         None => found.push(Problem::new(path, "a program is needed, such as [\"python3\", \"main.py\"]")),
         Some(program) if program.is_empty() => {
@@ -134,7 +165,7 @@ fn check_command(path: &str, command: &[String], found: &mut Vec<Problem>) {
     }
 }
 
-fn check_env(path: &str, env: &BTreeMap<String, String>, found: &mut Vec<Problem>) {
+fn check_env(path: &str, env: &BTreeMap<String, String>, found: &mut Found) {
     if env.len() > MAX_ENV {
         found.push(too_many(path, env.len(), MAX_ENV));
     }
@@ -163,7 +194,7 @@ fn check_env(path: &str, env: &BTreeMap<String, String>, found: &mut Vec<Problem
     }
 }
 
-fn check_limits(path: &str, limits: &LimitsSpec, found: &mut Vec<Problem>) {
+fn check_limits(path: &str, limits: &LimitsSpec, found: &mut Found) {
     for (name, value) in limits.given() {
         let (least, most) = match name {
             "memory_bytes" => (1 << 20, MAX_BYTES),
@@ -208,7 +239,7 @@ fn is_cpuset(text: &str) -> bool {
         })
 }
 
-fn check_files(spec: &JobSpec, found: &mut Vec<Problem>) {
+fn check_files(spec: &JobSpec, found: &mut Found) {
     if spec.files.len() > MAX_FILES {
         found.push(too_many("files", spec.files.len(), MAX_FILES));
     }
@@ -242,7 +273,7 @@ fn check_files(spec: &JobSpec, found: &mut Vec<Problem>) {
     }
 }
 
-fn check_place(path: &str, place: &JobPath, found: &mut Vec<Problem>) {
+fn check_place(path: &str, place: &JobPath, found: &mut Found) {
     if place.is_root() {
         found.push(Problem::new(path, "a path below `/` is expected"));
     }
@@ -256,7 +287,7 @@ fn check_place(path: &str, place: &JobPath, found: &mut Vec<Problem>) {
     }
 }
 
-fn check_volumes(spec: &JobSpec, found: &mut Vec<Problem>) {
+fn check_volumes(spec: &JobSpec, found: &mut Found) {
     if spec.volumes.len() > MAX_VOLUMES {
         found.push(too_many("volumes", spec.volumes.len(), MAX_VOLUMES));
     }
@@ -285,12 +316,12 @@ fn check_volumes(spec: &JobSpec, found: &mut Vec<Problem>) {
 }
 
 /// A worker compiles the globs as they are compiled here; what fails there would be found out after the job ran.
-fn check_globs(globs: &[String], found: &mut Vec<Problem>) {
+fn check_globs(globs: &[String], found: &mut Found) {
     if globs.len() > MAX_GLOBS {
         found.push(too_many("outputs.paths", globs.len(), MAX_GLOBS));
         return;
     }
-    let before = found.len();
+    let before = found.count();
     let mut set = GlobSetBuilder::new();
     for (index, glob) in globs.iter().enumerate() {
         let mut wrong =
@@ -311,7 +342,7 @@ fn check_globs(globs: &[String], found: &mut Vec<Problem>) {
             }
         }
     }
-    if found.len() == before && set.build().is_err() {
+    if found.count() == before && set.build().is_err() {
         found.push(Problem::new(
             "outputs.paths",
             "the globs are too large to be compiled together: fewer or simpler ones are expected",
@@ -319,7 +350,7 @@ fn check_globs(globs: &[String], found: &mut Vec<Problem>) {
     }
 }
 
-fn check_delivery(spec: &JobSpec, found: &mut Vec<Problem>) {
+fn check_delivery(spec: &JobSpec, found: &mut Found) {
     if !is_name(&spec.queue) {
         found.push(Problem::new("queue", NAME_RULE));
     }

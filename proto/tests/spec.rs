@@ -235,6 +235,16 @@ fn bombs_are_refused_before_they_are_unpacked() {
 }
 
 #[test]
+fn a_spec_of_many_faults_gets_a_short_answer() {
+    let volumes = vec![r#"{"volume": "v", "target": "/v"}"#; 100_000].join(",");
+    let json = format!(r#"{{"layers": ["host"], "command": ["true"], "volumes": [{volumes}]}}"#);
+    let SpecError::Invalid(problems) = parse(&json).expect_err("too many") else { panic!("it is JSON") };
+    assert_eq!(problems.len(), 257);
+    assert_eq!(problems[0].to_string(), "volumes: at most 32 are allowed, these are 100000");
+    assert_eq!(problems[256].to_string(), "99744 more problems");
+}
+
+#[test]
 fn globs_that_no_worker_could_compile_are_refused() {
     let of = |globs: &[String]| {
         parse(&serde_json::json!({"layers": ["host"], "outputs": {"paths": globs}}).to_string())

@@ -280,6 +280,18 @@ impl Served {
         let text = self.http.text(self.http.client.post(format!("{}{path}", self.url)).json(body));
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{path}: {error}: {text}"))
     }
+
+    /// The status that a path answers to this body, said to be JSON. A service that closes the connection before it has
+    /// read a body to its end has answered with 413.
+    #[must_use]
+    pub fn post_text(&self, path: &str, body: String) -> u16 {
+        let request = self.http.client.post(format!("{}{path}", self.url));
+        let request = request.header("content-type", "application/json").body(body);
+        self.http
+            .runtime
+            .block_on(async { request.send().await })
+            .map_or(413, |answer| answer.status().as_u16())
+    }
 }
 
 impl Drop for Served {

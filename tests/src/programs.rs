@@ -13,16 +13,24 @@ pub enum Program {
     Attempt,
     /// Attacks by name, each of which says whether it got through.
     Hostile,
+    /// A library that attacks the program into which it is preloaded.
+    Preloaded,
 }
 
 impl Program {
-    const ALL: [Self; 3] = [Self::Probe, Self::Attempt, Self::Hostile];
+    const ALL: [Self; 4] = [Self::Probe, Self::Attempt, Self::Hostile, Self::Preloaded];
+
+    /// How it is linked.
+    fn options(self) -> &'static [&'static str] {
+        if self == Self::Preloaded { &["-shared", "-fPIC"] } else { &["-static", "-pthread"] }
+    }
 
     fn name(self) -> &'static str {
         match self {
             Self::Probe => "probe",
             Self::Attempt => "attempt",
             Self::Hostile => "hostile",
+            Self::Preloaded => "preloaded",
         }
     }
 }
@@ -69,7 +77,9 @@ fn compile() -> Result<PathBuf, String> {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs").join(program.name());
         let draft = bin.join(format!(".{}-{}", program.name(), std::process::id()));
         let output = Command::new("cc")
-            .args(["-std=gnu11", "-O0", "-w", "-static", "-pthread", "-o"])
+            .args(["-std=gnu11", "-O0", "-w"])
+            .args(program.options())
+            .arg("-o")
             .arg(&draft)
             .arg(source.with_extension("c"))
             .output()

@@ -24,7 +24,6 @@ mod spawn;
 mod supervise;
 mod verdict;
 
-pub use collect::CommittedLayer;
 pub use config::EngineConfig;
 pub use engine::{Engine, EngineError, Launcher, Order, Remains};
 pub use hutch_sandbox_sys::defence::Defence;

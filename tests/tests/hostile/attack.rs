@@ -40,6 +40,8 @@ impl Outcome {
 enum Bite {
     /// With these taken away it goes through.
     Without(&'static [Defence]),
+    /// There is nothing to take away, for this reason.
+    Nothing(&'static str),
 }
 
 type Control<'a> = Box<dyn FnOnce() -> Result<String, String> + 'a>;
@@ -52,6 +54,7 @@ pub(crate) struct Attack<'a> {
     bite: Bite,
     control: Option<Control<'a>>,
     strike: Strike<'a>,
+    more: Vec<(&'static str, String)>,
 }
 
 impl<'a> Attack<'a> {
@@ -62,7 +65,7 @@ impl<'a> Attack<'a> {
         strike: impl Fn(&Site) -> Outcome + 'a,
     ) -> Self {
         let strike = Box::new(strike);
-        Self { what, stopped_by, bite: Bite::Without(&[]), control: None, strike }
+        Self { what, stopped_by, bite: Bite::Without(&[]), control: None, strike, more: Vec::new() }
     }
 
     /// That it works outside of a sandbox: what was seen there, or why nothing can be shown here.
@@ -74,6 +77,18 @@ impl<'a> Attack<'a> {
     /// The defences without which it goes through.
     pub(crate) fn bites_without(mut self, defences: &'static [Defence]) -> Self {
         self.bite = Bite::Without(defences);
+        self
+    }
+
+    /// Why there is nothing that could be taken away.
+    pub(crate) fn has_no_switch(mut self, why: &'static str) -> Self {
+        self.bite = Bite::Nothing(why);
+        self
+    }
+
+    /// A variable in the environment of the service.
+    pub(crate) fn with(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.more.push((name, value.into()));
         self
     }
 
@@ -93,7 +108,7 @@ impl<'a> Attack<'a> {
             }
         };
         let settings = host_settings();
-        let site = Site::open(&house, Kind::Product);
+        let site = Site::open(&house, Kind::Product, &this.more);
         let before = site.figures();
         let outcome = (this.strike)(&site);
         assert!(matches!(outcome, Outcome::Held(_)), "{test} got through: {outcome:?}");
@@ -107,7 +122,10 @@ impl<'a> Attack<'a> {
 
     /// Shows that it goes through without the defence; how, or why that was not shown.
     fn bite(&self, test: &str) -> String {
-        let Bite::Without(defences) = self.bite;
+        let defences = match self.bite {
+            Bite::Without(defences) => defences,
+            Bite::Nothing(why) => return format!("nothing to take away: {why}"),
+        };
         let names = defences.iter().map(|defence| defence.name()).collect::<Vec<_>>().join(",");
         let binary = match hutch_tests::hutch::weak_binary() {
             Ok(binary) => binary,
@@ -117,7 +135,7 @@ impl<'a> Attack<'a> {
             }
         };
         let house = House::new();
-        let site = Site::open(&house, Kind::Weak(binary, names.clone()));
+        let site = Site::open(&house, Kind::Weak(binary, names.clone()), &self.more);
         let outcome = (self.strike)(&site);
         assert!(matches!(outcome, Outcome::Through(_)), "{test} is held even without {names}: {outcome:?}");
         format!("{}: goes through", names.replace(',', " and "))

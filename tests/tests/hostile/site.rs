@@ -1,8 +1,10 @@
 //! Where attacks are made: a service in a directory of its own, and what is measured of it and of its host.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use hutch_tests::house::{House, Served};
@@ -24,12 +26,13 @@ pub(crate) enum Kind {
 pub(crate) struct Site {
     served: Served,
     directory: PathBuf,
+    kind: Kind,
 }
 
 /// How much slower a machine may be than the one that the bounds are for.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// What a worker may keep of memory that an attack made it use.
-const SLACK_KB: u64 = 32 << 10;
+/// What a worker may keep of memory that an attack made it use: the allocator holds on to what the largest spec took.
+const SLACK_KB: u64 = 64 << 10;
 /// A benign job after an attack: its answer comes within this time on an idle machine.
 const SOON: Duration = Duration::from_secs(2);
 
@@ -43,7 +46,7 @@ pub(crate) struct Figures {
 
 impl Site {
     /// Starts a service with two slots, which may stack any directory as a layer, and mount those below `allowed`.
-    pub(crate) fn open(house: &House, kind: Kind) -> Self {
+    pub(crate) fn open(house: &House, kind: Kind, more: &[(&str, String)]) -> Self {
         let binary = match &kind {
             Kind::Product => hutch_tests::hutch::binary(),
             Kind::Weak(binary, _) => binary,
@@ -52,10 +55,11 @@ impl Site {
         fs::create_dir_all(&allowed).unwrap();
         let mut command = house.command_of(binary, &["up", "--slots", "2"]);
         command.env("HUTCH__WORKER__LAYER_DIRS", "/").env("HUTCH__WORKER__ALLOWED_HOST_PATHS", &allowed);
-        if let Kind::Weak(_, without) = kind {
+        command.envs(more.iter().map(|(name, value)| (*name, value)));
+        if let Kind::Weak(_, without) = &kind {
             command.env("HUTCH_WITHOUT", without);
         }
-        let site = Self { served: Served::start(command), directory: house.path("") };
+        let site = Self { served: Served::start(command), directory: house.path(""), kind };
         site.runs_a_job();
         site
     }
@@ -63,6 +67,38 @@ impl Site {
     /// The service's data directory.
     pub(crate) fn data(&self) -> PathBuf {
         self.directory.join("data")
+    }
+
+    /// The directory below which host paths are allowed as volumes.
+    pub(crate) fn allowed(&self) -> PathBuf {
+        self.directory.join("allowed")
+    }
+
+    /// A directory of the test's own that no config allows.
+    pub(crate) fn place(&self, name: &str) -> PathBuf {
+        let place = self.directory.join("places").join(name);
+        fs::create_dir_all(&place).unwrap();
+        place
+    }
+
+    /// The service.
+    pub(crate) fn served(&self) -> &Served {
+        &self.served
+    }
+
+    /// A command of the same binary, on a data directory of its own.
+    pub(crate) fn command(&self, wrapper: &[&str], arguments: &[&str]) -> Command {
+        let binary = match &self.kind {
+            Kind::Product => hutch_tests::hutch::binary(),
+            Kind::Weak(binary, _) => binary,
+        };
+        let mut words = wrapper.iter().map(OsStr::new).chain([binary.as_os_str()]);
+        let mut command = Command::new(words.next().unwrap());
+        command.args(words).args(arguments).env("HUTCH__DATA_DIR", self.place("data-of-a-command"));
+        if let Kind::Weak(_, without) = &self.kind {
+            command.env("HUTCH_WITHOUT", without);
+        }
+        command
     }
 
     /// Runs a job: its JobResult, or the problem that was answered in its place.
@@ -110,6 +146,12 @@ impl Site {
         let mut all = own.descendants();
         all.push(own);
         all
+    }
+
+    /// How many files there are in the roots of the service's launchers: those with next to no mounts.
+    pub(crate) fn roots(&self) -> usize {
+        let launchers = self.processes().into_iter().filter(|process| (1..8).contains(&process.mounts()));
+        launchers.map(|process| process.root_entries()).max().unwrap_or(0)
     }
 
     /// What is to be as before.
@@ -218,7 +260,7 @@ pub(crate) fn hostile(words: &[&str], more: &Value) -> Value {
 /// What one of the attacks of `hostile.c` says outside of a sandbox.
 pub(crate) fn hostile_outside(words: &[&str]) -> Result<String, String> {
     let program = programs::on_host(Program::Hostile).ok_or("there is no C compiler")?;
-    let output = std::process::Command::new(program).args(words).output().map_err(|e| e.to_string())?;
+    let output = Command::new(program).args(words).output().map_err(|e| e.to_string())?;
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
