@@ -13,8 +13,9 @@ use crate::threat_table;
 const MAY_USE: &[(&str, &[&str])] = &[
     ("hutch-proto", &[]),
     ("hutch-sandbox-sys", &[]),
-    ("hutch-sandbox", &["hutch-proto", "hutch-sandbox-sys"]),
-    ("hutch-layers", &["hutch-proto"]),
+    ("hutch-sandbox", &["hutch-proto", "hutch-sandbox-sys", "hutch-trees"]),
+    ("hutch-layers", &["hutch-proto", "hutch-trees"]),
+    ("hutch-trees", &["hutch-proto"]),
     ("hutch-queue", &["hutch-proto"]),
     ("hutch-worker", &["hutch-proto", "hutch-sandbox", "hutch-layers", "hutch-queue"]),
     ("hutch-gateway", &["hutch-proto", "hutch-layers", "hutch-queue"]),

@@ -133,6 +133,33 @@ impl BlobStore {
         }
     }
 
+    /// Keeps the bytes of a file, from its beginning, whatever their digest.
+    ///
+    /// # Errors
+    /// [`StoreError::Object`], [`StoreError::Transfer`].
+    pub async fn keep_file(&self, file: File) -> Result<Stored, StoreError> {
+        let (mut file, _) = rewound(file).await?;
+        let (file, digest) = blocking("cannot read the file", move || {
+            let mut hasher = Hasher::new();
+            let mut piece = vec![0; CHUNK];
+            loop {
+                let read = file.read(&mut piece)?;
+                if read == 0 {
+                    return Ok((file, hasher.finish()));
+                }
+                hasher.update(&piece[..read]);
+            }
+        })
+        .await?;
+        self.put_file(file, &digest).await
+    }
+
+    /// A directory of this machine for what is on its way.
+    #[must_use]
+    pub fn spool(&self) -> &Path {
+        &self.spool
+    }
+
     /// Keeps what a stream brings, up to `most` bytes; its digest is known at its end.
     ///
     /// # Errors

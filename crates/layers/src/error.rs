@@ -52,6 +52,27 @@ pub enum StoreError {
         /// What the object store said.
         source: object_store::Error,
     },
+    /// A record in the store is not one of ours.
+    #[error("the record `{location}` cannot be read")]
+    Record {
+        /// Which record.
+        location: String,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// What should be an image or a layer is not.
+    #[error("{0}")]
+    Image(String),
+    /// The registry did not do as asked.
+    #[error("cannot {operation}: {message}")]
+    Registry {
+        /// What was to be done.
+        operation: String,
+        /// What the registry or the network said.
+        message: String,
+        /// Whether another try may do better.
+        transient: bool,
+    },
     /// The bytes on their way into the store could not be read or kept.
     #[error("{operation}")]
     Transfer {
@@ -66,7 +87,11 @@ impl StoreError {
     /// Whether the same call may do better later: the fault is the store's or the host's.
     #[must_use]
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Object { .. } | Self::Transfer { .. } | Self::Directory { .. })
+        match self {
+            Self::Object { .. } | Self::Transfer { .. } | Self::Directory { .. } => true,
+            Self::Registry { transient, .. } => *transient,
+            _ => false,
+        }
     }
 
     /// The error and what caused it, in one line.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use hutch_proto::LimitPolicy;
+use hutch_trees::TreeStore;
 
 /// How an [`Engine`](crate::Engine) treats every job.
 #[derive(Debug, Clone)]
@@ -17,6 +18,8 @@ pub struct EngineConfig {
     pub allowed_host_paths: Vec<PathBuf>,
     /// Directories below which `dir:` layers may lie.
     pub layer_dirs: Vec<PathBuf>,
+    /// The stored layers of this host; without it jobs can stack none.
+    pub trees: Option<TreeStore>,
     /// Defaults and maximums of the limits.
     pub limits: LimitPolicy,
     /// Up to this `disk_bytes` what a job writes lives in memory.
@@ -28,6 +31,8 @@ pub struct EngineConfig {
     pub max_output_files: usize,
     /// How many bytes of files go into the archive at most.
     pub max_archive_bytes: u64,
+    /// How many bytes of files may be in a layer that a job commits.
+    pub max_layer_bytes: u64,
 }
 
 impl EngineConfig {
@@ -40,11 +45,13 @@ impl EngineConfig {
             allow_host_layer: false,
             allowed_host_paths: Vec::new(),
             layer_dirs: Vec::new(),
+            trees: None,
             limits: LimitPolicy::default(),
             scratch_memory_bytes: 256 << 20,
             prepare_ahead: true,
             max_output_files: 10_000,
             max_archive_bytes: 256 << 20,
+            max_layer_bytes: 8 << 30,
         }
     }
 }

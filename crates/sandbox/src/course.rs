@@ -195,6 +195,7 @@ impl Course {
             usage: self.usage,
             outputs: collected.outputs,
             archive: collected.archive,
+            layer: collected.layer,
             steps: self.steps,
             started_at: Some(self.started_at),
             finished_at: Timestamp::now(),

@@ -250,7 +250,7 @@ impl Engine {
         prepared: Prepared,
         remains: &mut Remains,
     ) -> Result<Collected, Refusal> {
-        if plan.globs.is_empty() {
+        if plan.globs.is_empty() && !plan.commit {
             remains.prepared = Some(prepared);
             return Ok(Collected::default());
         }

@@ -24,6 +24,7 @@ mod spawn;
 mod supervise;
 mod verdict;
 
+pub use collect::CommittedLayer;
 pub use config::EngineConfig;
 pub use engine::{Engine, EngineError, Launcher, Order, Remains};
 pub use hutch_sandbox_sys::defence::Defence;

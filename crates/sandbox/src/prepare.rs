@@ -11,13 +11,14 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
-use hutch_proto::{Reason, VolumeSource};
+use hutch_proto::{Digest, Reason, VolumeSource};
 use hutch_sandbox_sys::defence::{Defence, without};
 use hutch_sandbox_sys::mount::{
     NewFilesystem, RDONLY, RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, clone_tree, harmless,
     map_owners, open_beneath, restrict,
 };
 use hutch_sandbox_sys::{Errno, IdRange};
+use hutch_trees::{InUse, LayerFacts};
 use nix::fcntl::{AT_FDCWD, FcntlArg, OFlag, SealFlag, fcntl, openat};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{Mode, mkdirat};
@@ -73,6 +74,10 @@ pub(crate) struct Prepared {
     volumes: Vec<Shown>,
     scratch: OwnedFd,
     own_inodes: u64,
+    /// The stored layers, kept from being removed.
+    _stored: Vec<InUse>,
+    /// The time of the newest file of the stored layers, in seconds since 1970.
+    pub(crate) newest_s: i64,
     pub(crate) uppers: Vec<Upper>,
     pub(crate) payload: Option<OwnedFd>,
 }
@@ -106,6 +111,8 @@ impl Prepared {
     ) -> Result<Self, Refusal> {
         let mut shown = Vec::new();
         let mut places = Vec::new();
+        let mut stored = Vec::new();
+        let mut newest_s = 0;
         for (index, layer) in plan.layers.iter().enumerate() {
             // One that comes again further up is hidden by itself, and overlayfs refuses to have it twice.
             if plan.layers[index + 1..].contains(layer) {
@@ -113,6 +120,13 @@ impl Prepared {
             }
             let dir = match layer {
                 LayerSource::Dir(path) => open_layer(path, index, config)?,
+                LayerSource::Stored(digest) => {
+                    let (layer, facts) = open_stored(digest, index, config)?;
+                    let dir = layer.dir.try_clone();
+                    newest_s = newest_s.max(facts.newest_s);
+                    stored.push(layer);
+                    dir.map_err(|e| Refusal::host(format!("cannot open the layer {digest}: {e}")))?
+                }
                 LayerSource::Host => open_skeleton(host)?,
             };
             shown.push(Shown { dir, read_only: true, owners: Owners::All });
@@ -142,7 +156,7 @@ impl Prepared {
             trees,
             targets: plan.volumes.iter().map(|volume| volume.target.clone()).collect(),
         };
-        Ok(Self { mounts, shown, volumes, scratch, own_inodes, uppers, payload })
+        Ok(Self { mounts, shown, volumes, scratch, own_inodes, _stored: stored, newest_s, uppers, payload })
     }
 
     /// Fresh mounts for one step.
@@ -218,6 +232,19 @@ fn open_layer(path: &Path, index: usize, config: &EngineConfig) -> Result<OwnedF
             format!("layers[{index}]: cannot open {}: {}", path.display(), e.desc()),
         )
     })
+}
+
+/// Opens a layer of the store, and keeps it there. That it is not there is no fault of the job: whoever ran it was to
+/// fetch it.
+fn open_stored(digest: &Digest, index: usize, config: &EngineConfig) -> Result<(InUse, LayerFacts), Refusal> {
+    let Some(trees) = &config.trees else {
+        let message = format!("layers[{index}]: this worker keeps no layers");
+        return Err(Refusal::new(Reason::ImageError, message));
+    };
+    let missing = || Refusal::host(format!("layers[{index}]: the layer {digest} is not here"));
+    let layer = trees.open_tree(digest).map_err(|e| Refusal::host(e.to_string()))?.ok_or_else(missing)?;
+    let facts = trees.facts(digest).ok_or_else(missing)?;
+    Ok((layer, facts))
 }
 
 fn open_path(path: &Path) -> Result<OwnedFd, Errno> {

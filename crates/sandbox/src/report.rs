@@ -7,6 +7,7 @@ use hutch_proto::{
     Captured, JobId, JobResult, LimitHit, Outputs, Reason, Status, StepResult, Timeline, Timestamp, Usage,
 };
 
+use crate::collect::CommittedLayer;
 use crate::engine::Remains;
 
 /// How one job ended.
@@ -34,6 +35,8 @@ pub struct Report {
     pub outputs: Outputs,
     /// The archive that `outputs` names: an unlinked file with its compressed bytes.
     pub archive: Option<File>,
+    /// The layer that `outputs` names.
+    pub layer: Option<CommittedLayer>,
     /// Every step that ran.
     pub steps: Vec<StepResult>,
     /// When the engine began; none if the job was refused before.

@@ -132,7 +132,11 @@ impl From<StoreError> for Problem {
         match &error {
             StoreError::NotFound(_) => Self::not_found(error.to_string()),
             StoreError::TooLarge { .. } => Self::too_large(error.to_string()),
-            StoreError::Damaged { .. } | StoreError::Url { .. } => Self::internal(error.full()),
+            StoreError::Damaged { .. }
+            | StoreError::Url { .. }
+            | StoreError::Record { .. }
+            | StoreError::Image(_)
+            | StoreError::Registry { .. } => Self::internal(error.full()),
             StoreError::Object { .. } | StoreError::Transfer { .. } | StoreError::Directory { .. } => {
                 Self::unavailable(error.full())
             }

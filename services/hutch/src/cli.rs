@@ -306,20 +306,64 @@ pub(crate) struct OutputsArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum LayerCommand {
-    /// Import a tar, or an OCI image layout, as layers.
+    /// Import an image or a layer: an OCI image layout, a Docker archive, or the tar of a root file system.
+    #[command(after_help = IMPORT_HELP)]
     Import {
-        /// The file or directory.
+        /// The file or directory; a tar may be compressed by gzip or zstd.
         path: PathBuf,
+        /// The image's name, such as my/python:3.12; the one that it brings if left out.
+        #[arg(long, value_name = "NAME")]
+        name: Option<String>,
+        #[command(flatten)]
+        store: LayerStoreArgs,
     },
-    /// Fetch an OCI image from its registry.
+    /// Fetch an OCI image from its registry, even if it is here.
     Pull {
         /// The image, such as docker.io/library/python:3.12.
         image: String,
+        #[command(flatten)]
+        store: LayerStoreArgs,
     },
-    /// List the layers that are kept.
-    List,
-    /// Remove layers that nothing has used for long.
-    Gc,
+    /// List the images and layers that are kept.
+    List {
+        #[command(flatten)]
+        store: LayerStoreArgs,
+    },
+    /// Remove images by name, or layers by digest.
+    Remove {
+        /// Names and digests.
+        #[arg(required = true, value_name = "NAME|DIGEST")]
+        names: Vec<String>,
+        #[command(flatten)]
+        store: LayerStoreArgs,
+    },
+    /// Remove from this host the unpacked layers that were not used for long; what is needed again is unpacked again.
+    Gc {
+        /// Keep those that were used within this time.
+        #[arg(long, value_name = "DURATION", default_value = "7d")]
+        older_than: humantime::Duration,
+        /// Go on, the longest unused first, until no more than this is left.
+        #[arg(long, value_name = "SIZE")]
+        max_bytes: Option<bytesize::ByteSize>,
+        #[command(flatten)]
+        store: LayerStoreArgs,
+    },
+}
+
+const IMPORT_HELP: &str = "Examples:
+  hutch layer import python.tar
+  hutch layer import rootfs.tar.zst --name my/base:1
+  hutch run --layer image:my/base:1 -- /bin/sh -c 'echo hello'";
+
+/// Where layers are kept.
+#[derive(Debug, Args)]
+pub(crate) struct LayerStoreArgs {
+    /// Where everything is kept.
+    #[arg(long = "data", value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Subcommand)]

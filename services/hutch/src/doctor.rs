@@ -182,7 +182,10 @@ fn data(settings: &Settings) -> Finding {
 /// Runs a job that does nothing.
 async fn sandbox(settings: &Settings, launcher: Launcher) -> Finding {
     let failed = |found: String| Finding::bad("sandbox", Grade::Failure, found, SANDBOX_REMEDY);
-    let started = engine::alone(settings).and_then(|config| Ok(Engine::new(launcher, config)?));
+    let started = queue::store(settings)
+        .and_then(|blobs| queue::layers(settings, &blobs))
+        .and_then(|layers| engine::alone(settings, &layers))
+        .and_then(|config| Ok(Engine::new(launcher, config)?));
     let engine = match started {
         Ok(engine) => engine,
         Err(error) => return failed(format!("{error:#}")),

@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
+use hutch_layers::Layers;
 use hutch_sandbox::EngineConfig;
 
 use crate::settings::Settings;
 
-/// The engine of a worker.
-pub(crate) fn shared(settings: &Settings) -> anyhow::Result<EngineConfig> {
+/// The engine of a worker, and the layers that its jobs may stack.
+pub(crate) fn shared(settings: &Settings, layers: &Layers) -> anyhow::Result<EngineConfig> {
     let worker = &settings.worker;
     Ok(EngineConfig {
         slots: worker.slots,
@@ -15,20 +16,22 @@ pub(crate) fn shared(settings: &Settings) -> anyhow::Result<EngineConfig> {
         allowed_host_paths: worker.allowed_host_paths.clone(),
         layer_dirs: worker.layer_dirs.clone(),
         limits: settings.limits()?,
+        trees: Some(layers.trees().clone()),
         scratch_memory_bytes: worker.scratch_memory_bytes.0,
         max_output_files: worker.max_output_files,
         max_archive_bytes: worker.max_archive_bytes.0,
+        max_layer_bytes: worker.max_layer_bytes.0,
         ..EngineConfig::new(settings.data_dir.clone())
     })
 }
 
 /// The engine of `hutch run`: the caller may use whatever the caller can read.
-pub(crate) fn alone(settings: &Settings) -> anyhow::Result<EngineConfig> {
+pub(crate) fn alone(settings: &Settings, layers: &Layers) -> anyhow::Result<EngineConfig> {
     Ok(EngineConfig {
         slots: 1,
         allow_host_layer: true,
         allowed_host_paths: vec![PathBuf::from("/")],
         layer_dirs: vec![PathBuf::from("/")],
-        ..shared(settings)?
+        ..shared(settings, layers)?
     })
 }

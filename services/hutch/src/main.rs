@@ -65,7 +65,7 @@ async fn dispatch(cli: Cli, launcher: Result<Option<Launcher>, EngineError>) -> 
         Command::Cancel(args) => remote::cancel(args).await,
         Command::Exec(args) => Ok(remote::exec(&args)),
         Command::Outputs(args) => remote::outputs(args).await,
-        Command::Layer(command) => Ok(layer::layer(&command)),
+        Command::Layer(command) => layer::layer(command, config).await,
         Command::Volume(command) => volume::volume(command, config),
         Command::Doctor(args) => doctor::doctor(args, config, launcher).await,
         Command::Spec(command) => spec::spec(command),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use hutch_layers::BlobStore;
+use hutch_layers::{BlobStore, Caps, Layers, Registries};
 use hutch_queue::Queue;
 use hutch_queue::embedded::{EmbeddedOptions, EmbeddedQueue};
 use hutch_queue::rabbitmq::{RabbitConfig, RabbitQueue};
@@ -31,6 +31,24 @@ pub(crate) fn data_dir(settings: &Settings) -> anyhow::Result<PathBuf> {
 pub(crate) fn store(settings: &Settings) -> anyhow::Result<BlobStore> {
     data_dir(settings)?;
     BlobStore::open(&settings.store_url()).map_err(|error| anyhow!(error.full()))
+}
+
+/// The layers that jobs stack: recorded in the store, unpacked below the data directory.
+pub(crate) fn layers(settings: &Settings, blobs: &BlobStore) -> anyhow::Result<Layers> {
+    let worker = &settings.worker;
+    let caps = Caps { bytes: worker.max_layer_bytes.0, entries: worker.max_layer_entries };
+    let layers = Layers::open(blobs.clone(), &data_dir(settings)?.join("trees"), caps)
+        .map_err(|error| anyhow!(error.full()))?;
+    Ok(if worker.pull_images { layers.with_registries(registries(settings)?) } else { layers })
+}
+
+/// How registries are spoken to: with the logins of the Docker config file that the settings name.
+pub(crate) fn registries(settings: &Settings) -> anyhow::Result<Registries> {
+    let worker = &settings.worker;
+    let registries = Registries { insecure: worker.insecure_registries.clone(), ..Registries::default() };
+    let Some(file) = &worker.registry_logins else { return Ok(registries) };
+    let text = fs::read_to_string(file).with_context(|| format!("{} cannot be read", file.display()))?;
+    registries.with_docker_config(&text).map_err(|error| anyhow!("{}: {error}", file.display()))
 }
 
 /// Who opens a queue.

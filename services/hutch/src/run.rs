@@ -10,14 +10,14 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use anyhow::{Context, bail};
-use hutch_layers::BlobStore;
-use hutch_proto::{JobResult, JobSpec, Timestamp};
+use hutch_layers::{BlobStore, LayerError, LayerRecord, Layers};
+use hutch_proto::{JobId, JobResult, JobSpec, Reason, Timestamp};
 use hutch_sandbox::{Engine, JobFacts, Launcher, Observer, Order, Report, Stream, Unobserved};
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::RunArgs;
 use crate::settings::{self, Flags, Settings};
-use crate::{engine, exit, order, signals, term, unpack, verdict};
+use crate::{engine, exit, order, queue, signals, term, unpack, verdict};
 
 /// Runs the job that these arguments describe.
 pub(crate) async fn run(
@@ -33,8 +33,10 @@ pub(crate) async fn run(
     let settings = settings::load(config, &flags)?.settings;
     let job = order::job(&args)?;
     let launcher = launcher.context("the launcher was not started")?;
-    let engine = Engine::new(launcher, engine::alone(&settings)?)?;
-    let result = Run { settings: &settings, args: &args }.job(&engine, job).await?;
+    let blobs = BlobStore::open(&settings.store_url()).map_err(|error| anyhow::anyhow!(error.full()))?;
+    let layers = queue::layers(&settings, &blobs)?;
+    let engine = Engine::new(launcher, engine::alone(&settings, &layers)?)?;
+    let result = Run { settings: &settings, args: &args, layers }.job(&engine, job).await?;
     conclude(&args, &result)
 }
 
@@ -64,6 +66,7 @@ fn conclude(args: &RunArgs, result: &JobResult) -> anyhow::Result<ExitCode> {
 struct Run<'a> {
     settings: &'a Settings,
     args: &'a RunArgs,
+    layers: Layers,
 }
 
 impl Run<'_> {
@@ -71,6 +74,9 @@ impl Run<'_> {
         let most = self.settings.worker.max_input_bytes.0;
         if names_blobs(&job) {
             hutch_worker::resolve_inputs(&mut job, &self.blobs()?, most).await?;
+        }
+        if let Err(error) = self.layers.resolve(&mut job).await {
+            return unstacked(&job, error);
         }
         let facts = JobFacts {
             id: job.id,
@@ -94,6 +100,7 @@ impl Run<'_> {
             bail!("what the program wrote could not be shown");
         }
         self.keep_outputs(&mut report).await?;
+        self.keep_layer(facts.id, &mut report).await?;
         Ok(report.into_result(facts))
     }
 
@@ -118,8 +125,29 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Keeps the layer that the job committed, for later jobs.
+    async fn keep_layer(&self, id: JobId, report: &mut Report) -> anyhow::Result<()> {
+        let Some(layer) = report.layer.take() else { return Ok(()) };
+        let record = LayerRecord { diff_id: layer.diff_id, blob: layer.blob, bytes: layer.bytes };
+        self.layers.commit(id, &record, layer.file).await.map_err(|error| anyhow::anyhow!(error.full()))
+    }
+
     fn blobs(&self) -> anyhow::Result<BlobStore> {
         BlobStore::open(&self.settings.store_url()).map_err(|error| anyhow::anyhow!(error.full()))
+    }
+}
+
+/// The answer to a job whose layers cannot be had.
+fn unstacked(job: &JobSpec, error: LayerError) -> anyhow::Result<JobResult> {
+    match error {
+        LayerError::Wrong { .. } => Ok(JobResult::without_run(
+            job.id,
+            job.labels.clone(),
+            Timestamp::now(),
+            Reason::ImageError,
+            error.to_string(),
+        )),
+        error @ LayerError::Store { .. } => Err(error.into()),
     }
 }
 

@@ -106,7 +106,8 @@ pub(crate) fn build_worker(
     blobs: BlobStore,
 ) -> anyhow::Result<Arc<Worker>> {
     let launcher = launcher.context("the launcher was not started")?;
-    let engine = Engine::new(launcher, engine::shared(settings)?)?;
+    let layers = queue::layers(settings, &blobs)?;
+    let engine = Engine::new(launcher, engine::shared(settings, &layers)?)?;
     let own = &settings.worker;
     let config = WorkerConfig {
         queues: own.queues.clone(),
@@ -118,7 +119,7 @@ pub(crate) fn build_worker(
         store_patience: Duration::from_millis(own.store_patience.0),
         ..WorkerConfig::new(own.name.clone(), queue::data_dir(settings)?)
     };
-    Ok(Arc::new(Worker::new(engine, queue, blobs, config)?))
+    Ok(Arc::new(Worker::new(engine, queue, blobs, layers, config)?))
 }
 
 /// The config of a gateway, its tokens read.

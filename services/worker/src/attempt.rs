@@ -1,4 +1,4 @@
-//! One attempt at one job: fetch its blobs, run it, keep its archive.
+//! One attempt at one job: fetch its blobs and layers, run it, keep its archive and the layer that it committed.
 //!
 //! A blob store that cannot be reached is waited for, job in hand. What is then still wrong is either
 //! the job's own fault, and its result says so, or this host's, and no result is made.
@@ -7,8 +7,8 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hutch_layers::{BlobStore, StoreError};
-use hutch_proto::{Digest, JobResult, JobSpec, Reason, Status, Timestamp};
+use hutch_layers::{BlobStore, LayerError, LayerRecord, Layers, StoreError};
+use hutch_proto::{Digest, JobId, JobResult, JobSpec, Reason, Status, Timestamp};
 use hutch_queue::Queue;
 use hutch_sandbox::{Engine, JobFacts, Order, Remains, Report};
 use tokio_util::sync::CancellationToken;
@@ -43,6 +43,7 @@ pub(crate) struct Means {
     pub(crate) engine: Engine,
     pub(crate) queue: Arc<dyn Queue>,
     pub(crate) blobs: BlobStore,
+    pub(crate) layers: Layers,
     pub(crate) config: Arc<WorkerConfig>,
 }
 
@@ -66,7 +67,16 @@ impl Attempt {
         let Self { means, slot, mut job, cancel, hurry, .. } = self;
         match fetch(&means, &mut job, &hurry).await {
             Ok(()) => {}
-            Err(InputError::Wrong(problem)) => return rejected(facts, problem.to_string()),
+            Err(InputError::Wrong(problem)) => {
+                return rejected(facts, Reason::SpecInvalid, problem.to_string());
+            }
+            Err(error) => return Outcome::fault(error.to_string()),
+        }
+        match stack(&means, &mut job, &hurry).await {
+            Ok(()) => {}
+            Err(error @ LayerError::Wrong { .. }) => {
+                return rejected(facts, Reason::ImageError, error.to_string());
+            }
             Err(error) => return Outcome::fault(error.to_string()),
         }
         let speaker = Speaker { id: facts.id, attempt: facts.attempt, worker: facts.worker.clone() };
@@ -79,7 +89,11 @@ impl Attempt {
                 message: report.message,
             };
         }
-        match keep_archive(&means, &mut report, &hurry).await {
+        let kept = match keep_archive(&means, &mut report, &hurry).await {
+            Ok(()) => keep_layer(&means, facts.id, &mut report, &hurry).await,
+            Err(error) => Err(error),
+        };
+        match kept {
             Ok(()) => {
                 let remains = report.remains.take().map(Box::new);
                 Outcome::Verdict(Box::new(report.into_result(facts)), remains)
@@ -111,6 +125,43 @@ async fn fetch(means: &Means, job: &mut JobSpec, hurry: &CancellationToken) -> R
     }
 }
 
+/// Expands the job's layers, and has them here.
+async fn stack(means: &Means, job: &mut JobSpec, hurry: &CancellationToken) -> Result<(), LayerError> {
+    let mut patience = Patience::new(&means.config, hurry);
+    loop {
+        let mut expanded = job.clone();
+        match means.layers.resolve(&mut expanded).await {
+            Err(LayerError::Store { source, .. }) if patience.wait(&source).await => {}
+            Ok(()) => {
+                *job = expanded;
+                return Ok(());
+            }
+            failed => return failed,
+        }
+    }
+}
+
+/// Keeps the layer that the job committed, where any worker finds it.
+async fn keep_layer(
+    means: &Means,
+    id: JobId,
+    report: &mut Report,
+    hurry: &CancellationToken,
+) -> Result<(), StoreError> {
+    let Some(layer) = report.layer.take() else { return Ok(()) };
+    let record = LayerRecord { diff_id: layer.diff_id, blob: layer.blob, bytes: layer.bytes };
+    let mut patience = Patience::new(&means.config, hurry);
+    loop {
+        let reopened = layer.file.try_clone();
+        let again = reopened
+            .map_err(|source| StoreError::Transfer { operation: "cannot reopen the layer", source })?;
+        match means.layers.commit(id, &record, again).await {
+            Err(error) if error.is_transient() && patience.wait(&error).await => {}
+            done => return done,
+        }
+    }
+}
+
 /// Puts the archive into the store under the digest that the report names.
 async fn keep_archive(
     means: &Means,
@@ -137,9 +188,8 @@ async fn put(means: &Means, file: &File, digest: &Digest) -> Result<(), StoreErr
 }
 
 /// The result of a job that asks for what cannot be given.
-fn rejected(facts: JobFacts, message: String) -> Outcome {
-    let mut result =
-        JobResult::without_run(facts.id, facts.labels, facts.submitted_at, Reason::SpecInvalid, message);
+fn rejected(facts: JobFacts, reason: Reason, message: String) -> Outcome {
+    let mut result = JobResult::without_run(facts.id, facts.labels, facts.submitted_at, reason, message);
     result.attempt = facts.attempt;
     result.worker = facts.worker;
     Outcome::Verdict(Box::new(result), None)

@@ -6,6 +6,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use hutch_layers::Layers;
 use hutch_queue::Queue;
 use hutch_sandbox::{Engine, SlotGauges};
 use prometheus::core::{Collector, Desc};
@@ -18,6 +19,7 @@ use crate::metrics::seconds;
 pub(crate) struct Live {
     engine: Engine,
     queue: Arc<dyn Queue>,
+    layers: Layers,
     state: Mutex<State>,
     memory: GaugeVec,
     memory_limit: GaugeVec,
@@ -63,11 +65,12 @@ impl fmt::Debug for Live {
 }
 
 impl Live {
-    pub(crate) fn new(engine: Engine, queue: Arc<dyn Queue>) -> prometheus::Result<Self> {
+    pub(crate) fn new(engine: Engine, queue: Arc<dyn Queue>, layers: Layers) -> prometheus::Result<Self> {
         let slot = &["slot"][..];
         Ok(Self {
             engine,
             queue,
+            layers,
             state: Mutex::default(),
             memory: gauge("hutch_cgroup_memory_bytes", "Memory of the job in a slot.", slot)?,
             memory_limit: gauge(
@@ -160,6 +163,14 @@ impl Live {
         raise(&self.reconnects, counters.reconnects);
         raise(&self.redeliveries, counters.redeliveries);
         raise(&self.reaped, self.engine.reaped());
+        let cached = self.layers.counts();
+        raise(&self.cache_hits, cached.hits);
+        raise(&self.cache_misses, cached.misses);
+        // A store that cannot be read keeps the number that it had.
+        if let Ok(layers) = self.layers.trees().list() {
+            let bytes = layers.iter().map(|(_, facts, _)| facts.bytes).sum::<u64>();
+            self.store_bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        }
         self.build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1.0);
     }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use hutch_layers::BlobStore;
+use hutch_layers::{BlobStore, Layers};
 use hutch_queue::{Queue, QueueError};
 use hutch_sandbox::Engine;
 use prometheus::Registry;
@@ -58,17 +58,18 @@ impl Worker {
         engine: Engine,
         queue: Arc<dyn Queue>,
         blobs: BlobStore,
+        layers: Layers,
         config: WorkerConfig,
     ) -> Result<Self, WorkerError> {
         let registry = Registry::new();
         let ended = Arc::clone(&queue);
         let unrun = Arc::new(move || ended.unrun());
         let metrics = Metrics::new(&registry, config.slots, &config.metric_labels, unrun)?;
-        let live = Arc::new(Live::new(engine.clone(), Arc::clone(&queue))?);
+        let live = Arc::new(Live::new(engine.clone(), Arc::clone(&queue), layers.clone())?);
         registry.register(Box::new(Shared(Arc::clone(&live))))?;
         Ok(Self {
             health: Arc::new(Health::new(config.data_dir.clone())),
-            means: Means { engine, queue, blobs, config: Arc::new(config) },
+            means: Means { engine, queue, blobs, layers, config: Arc::new(config) },
             metrics: Arc::new(metrics),
             live,
             registry,

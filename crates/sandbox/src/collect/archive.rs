@@ -20,10 +20,21 @@ use super::walk::Entry;
 const LEVEL: i32 = 1;
 
 /// Writes on and hashes what it writes.
-struct Hashing<W> {
+pub(super) struct Hashing<W> {
     inner: W,
     hash: Sha256,
     bytes: u64,
+}
+
+impl<W> Hashing<W> {
+    pub(super) fn new(inner: W) -> Self {
+        Self { inner, hash: Sha256::new(), bytes: 0 }
+    }
+
+    /// What it wrote to, the digest and the size of what was written.
+    pub(super) fn finish(self) -> (W, [u8; 32], u64) {
+        (self.inner, self.hash.finalize().into(), self.bytes)
+    }
 }
 
 impl<W: Write> Write for Hashing<W> {
@@ -65,26 +76,20 @@ pub(super) struct ArchiveWriter {
 impl ArchiveWriter {
     /// An archive of at most this many bytes of files, in a directory that has room for it.
     pub(super) fn new(dir: &Path, most: u64) -> io::Result<Self> {
-        let file =
-            OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(dir)?;
-        let hashing = Hashing { inner: BufWriter::new(file), hash: Sha256::new(), bytes: 0 };
+        let hashing = Hashing::new(BufWriter::new(unnamed(dir)?));
         Ok(Self { stream: tar::Builder::new(zstd::Encoder::new(hashing, LEVEL)?), left: most, entries: 0 })
     }
 
     /// Adds a regular file and returns its hash; none if it does not fit.
     pub(super) fn add_file(&mut self, entry: &Entry) -> io::Result<Option<[u8; 32]>> {
-        let flags = libc::O_RDONLY | libc::O_NOFOLLOW | libc::O_NONBLOCK;
-        let resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS;
-        let file = open_beneath(entry.parent.as_fd(), &entry.name, flags, 0, resolve)?;
-        let stat = fstat(&file)?;
-        let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
-        if stat.st_mode & libc::S_IFMT != libc::S_IFREG || size > self.left {
+        let Some((file, size)) = open_file(entry)? else { return Ok(None) };
+        if size > self.left {
             return Ok(None);
         }
         self.left -= size;
         let mut header = header(entry, EntryType::Regular);
         header.set_size(size);
-        let mut reader = HashingReader { inner: File::from(file).take(size), hash: Sha256::new() };
+        let mut reader = HashingReader { inner: file.take(size), hash: Sha256::new() };
         let added = self.stream.append_data(&mut header, inner_path(entry), &mut reader);
         Ok(self.count(added)?.then(|| reader.hash.finalize().into()))
     }
@@ -126,11 +131,26 @@ impl ArchiveWriter {
         if self.entries == 0 {
             return Ok(None);
         }
-        let Hashing { inner, hash, bytes } = self.stream.into_inner()?.finish()?;
+        let (inner, hash, bytes) = self.stream.into_inner()?.finish()?.finish();
         let mut file = inner.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.rewind()?;
-        Ok(Some((file, hash.finalize().into(), bytes)))
+        Ok(Some((file, hash, bytes)))
     }
+}
+
+/// A new file without a name, in a directory that has room for it: O_TMPFILE of open(2).
+pub(super) fn unnamed(dir: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(dir)
+}
+
+/// Opens a regular file of the walk for reading, and nothing else; its size.
+pub(super) fn open_file(entry: &Entry) -> io::Result<Option<(File, u64)>> {
+    let flags = libc::O_RDONLY | libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS;
+    let file = open_beneath(entry.parent.as_fd(), &entry.name, flags, 0, resolve)?;
+    let stat = fstat(&file)?;
+    let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
+    Ok((stat.st_mode & libc::S_IFMT == libc::S_IFREG).then(|| (File::from(file), size)))
 }
 
 /// The path as a tar has it: without the slash in front.

@@ -2,9 +2,10 @@
 //!
 //! In order: the upper directories are walked by descriptors ([`walk`]), never following a link and
 //! never opening what is not a regular file; what the job's globs match is listed, hashed, and put into
-//! an archive ([`archive`]), up to the caps of the config.
+//! an archive ([`archive`]), up to the caps of the config; all of it becomes a layer ([`layer`]) if the job asks for one.
 
 mod archive;
+mod layer;
 mod walk;
 
 use std::fs::File;
@@ -19,6 +20,7 @@ use crate::plan::JobPlan;
 use crate::prepare::Prepared;
 
 use archive::ArchiveWriter;
+pub use layer::CommittedLayer;
 use walk::{Entry, Kind, Walk};
 
 /// What was kept of what a job wrote.
@@ -27,6 +29,8 @@ pub(crate) struct Collected {
     pub(crate) outputs: Outputs,
     /// The archive's bytes, in a file without a name.
     pub(crate) archive: Option<File>,
+    /// The layer that it became.
+    pub(crate) layer: Option<CommittedLayer>,
 }
 
 /// How many bytes the list of outputs may have in a result, about.
@@ -39,8 +43,24 @@ const MOST_TIME: Duration = Duration::from_secs(60);
 /// Places that are the sandbox's own, not the job's.
 const OWN: [&str; 2] = ["/dev", "/proc"];
 
-/// Reads what the job's globs match.
+/// Reads what the job's globs match, and makes a layer of all that it wrote if it is to be one.
 pub(crate) fn collect(plan: &JobPlan, prepared: &Prepared, config: &EngineConfig) -> io::Result<Collected> {
+    let mut collected =
+        if plan.globs.is_empty() { Collected::default() } else { listed(plan, prepared, config)? };
+    if plan.commit {
+        match layer::commit(plan, prepared, config)? {
+            Some(layer) => {
+                collected.outputs.layer = Some(layer.diff_id.clone());
+                collected.layer = Some(layer);
+            }
+            None => collected.outputs.truncated = true,
+        }
+    }
+    Ok(collected)
+}
+
+/// What the globs match, and the archive of it.
+fn listed(plan: &JobPlan, prepared: &Prepared, config: &EngineConfig) -> io::Result<Collected> {
     let globs = compile(&plan.globs)?;
     let mut archive = ArchiveWriter::new(&config.data_dir, config.max_archive_bytes)?;
     let mut outputs = Outputs::default();
@@ -53,7 +73,7 @@ pub(crate) fn collect(plan: &JobPlan, prepared: &Prepared, config: &EngineConfig
                 outputs.truncated = true;
                 break 'uppers;
             }
-            if OWN.contains(&path.as_str()) || !globs.is_match(&path) {
+            if entry.only_holds || OWN.contains(&path.as_str()) || !globs.is_match(&path) {
                 continue;
             }
             listed += path.len() + ENTRY_BYTES + entry.kind.target_bytes();
@@ -71,7 +91,7 @@ pub(crate) fn collect(plan: &JobPlan, prepared: &Prepared, config: &EngineConfig
         outputs.archive = Some(Archive { blob: Digest::from_sha256(hash), bytes });
         file
     });
-    Ok(Collected { outputs, archive })
+    Ok(Collected { outputs, archive, layer: None })
 }
 
 /// Globs in which `*` stays within a directory and `**` does not.

@@ -8,6 +8,7 @@ use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 
+use hutch_sandbox_sys::mount::has_xattr;
 use nix::dir::Dir;
 use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
 use nix::sys::stat::{FileStat, Mode, fstatat};
@@ -39,6 +40,10 @@ pub(super) struct Entry {
     pub(super) path: Vec<u8>,
     pub(super) stat: FileStat,
     pub(super) kind: Kind,
+    /// A directory that is there only to hold a change below it.
+    pub(super) only_holds: bool,
+    /// A directory that hides all that the layers below have in it.
+    pub(super) opaque: bool,
     /// The directory that it is in, and its name there.
     pub(super) parent: OwnedFd,
     pub(super) name: CString,
@@ -116,8 +121,7 @@ impl Walk {
                 continue;
             }
             match self.visit(name) {
-                Ok(Some(entry)) => return Ok(Some(entry)),
-                Ok(None) => {}
+                Ok(entry) => return Ok(Some(entry)),
                 // The tree is dead, but may have passed a descriptor of it to another, over a socket in a volume.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => self.cut = true,
                 Err(e) => return Err(e),
@@ -125,21 +129,20 @@ impl Walk {
         }
     }
 
-    /// The entry of this name here, and down into it if it is a directory; none if it is there only to hold a change.
-    fn visit(&mut self, name: CString) -> io::Result<Option<Entry>> {
+    /// The entry of this name here, and down into it if it is a directory.
+    fn visit(&mut self, name: CString) -> io::Result<Entry> {
         let parent = self.here.try_clone()?;
         let stat = fstatat(&self.here, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)?;
         let kind = self.kind(&name, &stat)?;
+        let (mut only_holds, mut opaque) = (false, false);
         if kind == Kind::Dir {
             let dir = openat(&self.here, name.as_c_str(), OPEN_DIR, Mode::empty())?;
-            let copied_up = was_copied_up(&dir);
+            only_holds = has_xattr(dir.as_fd(), c"trusted.overlay.origin");
+            opaque = has_xattr(dir.as_fd(), c"trusted.overlay.opaque");
             self.levels.push(Level { names: names(&dir)?, path_length: self.path.len() });
             self.here = dir;
-            if copied_up {
-                return Ok(None);
-            }
         }
-        Ok(Some(Entry { path: self.path.clone(), stat, kind, parent, name }))
+        Ok(Entry { path: self.path.clone(), stat, kind, only_holds, opaque, parent, name })
     }
 
     fn kind(&self, name: &CStr, stat: &FileStat) -> io::Result<Kind> {
@@ -168,9 +171,4 @@ fn names(dir: &OwnedFd) -> io::Result<Vec<CString>> {
     }
     names.sort_by(|a, b| b.cmp(a));
     Ok(names)
-}
-
-/// Whether overlayfs made this directory only to hold a change below it.
-fn was_copied_up(dir: &OwnedFd) -> bool {
-    hutch_sandbox_sys::mount::has_xattr(dir.as_fd(), c"trusted.overlay.origin")
 }

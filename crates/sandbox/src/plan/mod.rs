@@ -13,7 +13,8 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use hutch_proto::{
-    Content, JobSpec, LayerRef, LimitPolicy, Limits, LimitsSpec, Network, Reason, StepSpec, VolumeSource,
+    Content, Digest, JobSpec, LayerRef, LimitPolicy, Limits, LimitsSpec, Network, Reason, StepSpec,
+    VolumeSource,
 };
 
 use crate::config::EngineConfig;
@@ -46,6 +47,8 @@ pub(crate) struct HardLimits {
 pub(crate) enum LayerSource {
     /// A directory of the host.
     Dir(PathBuf),
+    /// A layer of the store.
+    Stored(Digest),
     /// The host's own programs.
     Host,
 }
@@ -79,6 +82,10 @@ pub(crate) struct JobPlan {
     pub(crate) disk_bytes: u64,
     pub(crate) disk_inodes: u64,
     pub(crate) globs: Vec<String>,
+    /// Whether what the job wrote becomes a layer.
+    pub(crate) commit: bool,
+    /// The latest time of what becomes a layer, in seconds since 1970, if the job sets one (SOURCE_DATE_EPOCH).
+    pub(crate) commit_time_s: Option<i64>,
 }
 
 impl JobPlan {
@@ -130,6 +137,8 @@ impl JobPlan {
             disk_bytes: limits.disk_bytes,
             disk_inodes: limits.disk_inodes,
             globs: spec.outputs.paths.clone(),
+            commit: spec.outputs.layer,
+            commit_time_s: spec.env.get("SOURCE_DATE_EPOCH").and_then(|epoch| epoch.parse().ok()),
         })
     }
 }
@@ -148,9 +157,6 @@ fn refuse_what_is_not_there(spec: &JobSpec) -> Result<(), Refusal> {
     }
     if spec.tty {
         return Err(Refusal::spec("tty", "a pseudo-terminal is not available on this worker"));
-    }
-    if spec.outputs.layer {
-        return Err(Refusal::spec("outputs.layer", "committing a layer is not available on this worker"));
     }
     Ok(())
 }
@@ -221,10 +227,10 @@ fn layer_source(layer: &LayerRef, path: &str, config: &EngineConfig) -> Result<L
             let message = format!("{} is not below a path that worker.layer_dirs allows", dir.display());
             Err(Refusal::spec(path, message))
         }
-        other => Err(Refusal::new(
-            Reason::ImageError,
-            format!("{path}: `{other}` is not in this worker's store, and cannot be fetched yet"),
-        )),
+        LayerRef::Stored(digest) => Ok(LayerSource::Stored(digest.clone())),
+        other @ (LayerRef::Image(_) | LayerRef::Job(_)) => {
+            Err(Refusal::new(Reason::ImageError, format!("{path}: `{other}` was not expanded to its layers")))
+        }
     }
 }
 

@@ -80,7 +80,6 @@ fn what_cannot_be_had_is_refused() {
         ),
         (r#"{"layers": ["host"], "command": ["a"], "network": "egress"}"#, &["network", "egress"]),
         (r#"{"layers": ["host"], "command": ["a"], "tty": true}"#, &["tty"]),
-        (r#"{"layers": ["host"], "command": ["a"], "outputs": {"layer": true}}"#, &["outputs.layer"]),
         (
             r#"{"layers": ["host"], "command": ["a"], "limits": {"open_files": 5000}}"#,
             &["limits.open_files", "4096"],
