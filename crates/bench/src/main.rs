@@ -86,7 +86,7 @@ impl Hutch {
         });
         let job = JobSpec::parse(spec.to_string().as_bytes())?;
         let engine = self.engine.clone();
-        let order = Order { job, slot, cancel: CancellationToken::new() };
+        let order = Order { job, slot, cancel: CancellationToken::new(), strokes: None };
         let task = self.runtime.spawn(async move { engine.run(order, &Unobserved).await });
         let report = self.runtime.block_on(task)?;
         if report.status != Status::Succeeded {

@@ -24,6 +24,16 @@ pub(crate) const INLINE: u8 = 0;
 /// First byte of a packet: the body is in the last descriptor.
 pub(crate) const IN_MEMFD: u8 = 1;
 
+/// What a sandbox hands back, the byte that says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Handed {
+    /// The scratch file system, for the next step.
+    Scratch = 1,
+    /// The side of its terminal that is not the program's.
+    Terminal = 2,
+}
+
 /// One end of the channel; a message and its answer are one after the other.
 #[derive(Debug)]
 pub(crate) struct Channel {

@@ -20,7 +20,7 @@ use nix::unistd::{ForkResult, Pid, fork, setsid};
 use serde::{Deserialize, Serialize};
 
 use crate::bpf::Instruction;
-use crate::channel::Channel;
+use crate::channel::{Channel, Handed};
 use crate::child::Workspace;
 use crate::child::parked::{open_namespace, user_namespace};
 use crate::defence::{self, Defence, without};
@@ -67,7 +67,8 @@ impl Parked {
     pub fn start(self, plan: &Plan, fds: &[BorrowedFd<'_>]) -> Result<Started> {
         let body = postcard::to_stdvec(plan).map_err(|_| Errno::EINVAL)?;
         self.socket.send(&body, fds)?;
-        Ok(Started { init: self.init, mounts: self.mounts, handed_back: HandedBack(self.socket) })
+        let handed_back = HandedBack { socket: self.socket, scratch: None, terminal: None };
+        Ok(Started { init: self.init, mounts: self.mounts, handed_back })
     }
 }
 
@@ -84,20 +85,47 @@ pub struct Started {
 
 /// Where a sandbox sends what it hands back.
 #[derive(Debug)]
-pub struct HandedBack(Channel);
+pub struct HandedBack {
+    socket: Channel,
+    scratch: Option<OwnedFd>,
+    terminal: Option<OwnedFd>,
+}
 
 impl HandedBack {
-    /// What a [`Step::HandBack`](crate::Step) sent; none if init ended before it came to that. Call it when init is
-    /// dead: it waits for a message or for the end.
+    /// The socket: readable when something came, or when nothing will any more.
+    #[must_use]
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.fd()
+    }
+
+    /// Takes in what came next; false if nothing will come any more. Waits if nothing came yet.
     ///
     /// # Errors
     /// EBADMSG if something else came.
-    pub fn take(&self) -> Result<Option<OwnedFd>> {
-        match self.0.receive()? {
-            Some((_, mut fds)) if fds.len() == 1 => Ok(fds.pop()),
-            Some(_) => Err(Errno::EBADMSG),
-            None => Ok(None),
+    pub fn receive(&mut self) -> Result<bool> {
+        let Some((body, mut fds)) = self.socket.receive()? else { return Ok(false) };
+        let fd = fds.pop().filter(|_| fds.is_empty()).ok_or(Errno::EBADMSG)?;
+        match body.as_slice() {
+            [what] if *what == Handed::Scratch as u8 => self.scratch = Some(fd),
+            [what] if *what == Handed::Terminal as u8 => self.terminal = Some(fd),
+            _ => return Err(Errno::EBADMSG),
         }
+        Ok(true)
+    }
+
+    /// The other side of the program's terminal, if it came.
+    pub fn take_terminal(&mut self) -> Option<OwnedFd> {
+        self.terminal.take()
+    }
+
+    /// What a [`Step::HandBack`](crate::Step) sent; none if init ended before it came to that. Call it when init is
+    /// dead: it waits for messages or for the end.
+    ///
+    /// # Errors
+    /// EBADMSG if something else came.
+    pub fn take_scratch(&mut self) -> Result<Option<OwnedFd>> {
+        while self.scratch.is_none() && self.receive()? {}
+        Ok(self.scratch.take())
     }
 }
 

@@ -19,12 +19,15 @@ mod order;
 mod plan;
 pub mod process;
 mod record;
+pub mod terminal;
 mod tinyroot;
 
 pub use child::user;
 pub use launcher::{CgroupHome, HandedBack, Launcher, Parked, Started};
 pub use nix::errno::Errno;
-pub use plan::{FdIndex, FileWrite, IdRange, Plan, Program, ProgramCgroup, Rlimit, RootIs, Step, Text};
+pub use plan::{
+    FdIndex, FileWrite, IdRange, Plan, Program, ProgramCgroup, Rlimit, RootIs, Step, Text, WindowSize,
+};
 pub use record::{RECORD_BYTES, Record, Stage};
 
 /// What a system call answers: a value or an errno.

@@ -8,7 +8,7 @@ use std::ffi::CStr;
 
 use serde::{Deserialize, Deserializer};
 
-use crate::plan::{FdIndex, IdRange, Rlimit};
+use crate::plan::{FdIndex, IdRange, Rlimit, WindowSize};
 use crate::{Errno, Result};
 
 /// A text with its NUL.
@@ -154,6 +154,7 @@ pub(crate) struct ProgramRef<'a> {
     pub(crate) rlimits: List<'a, Rlimit>,
     pub(crate) stdin: Option<FdIndex>,
     pub(crate) outputs: [FdIndex; 2],
+    pub(crate) terminal: Option<WindowSize>,
 }
 
 /// How the program enters its cgroup.
@@ -214,6 +215,7 @@ mod tests {
                 rlimits: vec![Rlimit { resource: 7, soft: u64::MAX, hard: 1 }],
                 stdin: Some(1),
                 outputs: [2, 3],
+                terminal: Some(WindowSize { rows: 24, columns: 80 }),
             },
         }
     }
@@ -246,6 +248,7 @@ mod tests {
         assert_eq!(texts(program.env), ["A=b"]);
         assert_eq!((program.set_home, program.set_user, program.stdin), (true, false, Some(1)));
         assert_eq!(program.outputs, [2, 3]);
+        assert_eq!(program.terminal, plan().program.terminal);
         assert_eq!(program.rlimits.collect::<Result<Vec<_>>>(), Ok(plan().program.rlimits));
         let file = program.files.clone().next().expect("file").expect("file");
         assert_eq!((file.path.get(), file.offset, file.length, file.mode), (Ok(c"/f"), 1 << 40, 5, 0o644));

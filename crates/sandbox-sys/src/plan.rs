@@ -201,6 +201,17 @@ pub struct Program {
     pub stdin: Option<FdIndex>,
     /// Descriptors that become 1 and 2.
     pub outputs: [FdIndex; 2],
+    /// A pseudo-terminal of the sandbox's own takes the place of all three: pty(7). Its other side is handed back.
+    pub terminal: Option<WindowSize>,
+}
+
+/// How large a terminal is: TIOCSWINSZ(2const).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowSize {
+    /// Lines.
+    pub rows: u16,
+    /// Characters in a line.
+    pub columns: u16,
 }
 
 /// How a program enters its cgroup.

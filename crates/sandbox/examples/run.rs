@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         labels: job.labels.clone(),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let order = Order { job, slot: 0, cancel: CancellationToken::new() };
+    let order = Order { job, slot: 0, cancel: CancellationToken::new(), strokes: None };
     let report = runtime.block_on(engine.run(order, &Unobserved));
     serde_json::to_writer_pretty(std::io::stderr(), &report.into_result(facts))?;
     Ok(())

@@ -28,6 +28,7 @@ use crate::report::Report;
 use crate::seccomp;
 use crate::spawn::{Means, ParkedInits, spawn, with_source};
 use crate::supervise::supervise;
+use crate::terminal::Strokes;
 
 /// A process of its own, small and with one thread, from which sandboxes are cloned.
 #[derive(Debug)]
@@ -64,6 +65,9 @@ pub struct Order {
     pub slot: u32,
     /// Cancels it.
     pub cancel: CancellationToken,
+    /// Who types at the job's terminal, if it has one; what the spec says of stdin is typed first. Without, the end of the
+    /// input follows on that.
+    pub strokes: Option<Strokes>,
 }
 
 /// Runs jobs; cheap to clone.
@@ -228,10 +232,10 @@ impl Engine {
             if !told.swap(true, Ordering::Relaxed) {
                 observer.started();
             }
-            let exited = supervise(running, step, course.kept(), &prepared, &order.cancel, observer)
+            let mut exited = supervise(running, step, course.kept(), &prepared, order, observer)
                 .await
                 .map_err(|e| Refusal::host(format!("lost sight of a sandbox: {e}")))?;
-            let handed_back = exited.handed_back.take();
+            let handed_back = exited.handed_back.take_scratch();
             if !course.step_done(step, plan, exited)? || number + 1 == plan.steps.len() {
                 break;
             }

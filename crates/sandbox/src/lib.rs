@@ -22,11 +22,14 @@ mod report;
 pub mod seccomp;
 mod spawn;
 mod supervise;
+mod terminal;
 mod verdict;
 
 pub use collect::CommittedLayer;
 pub use config::EngineConfig;
 pub use engine::{Engine, EngineError, Launcher, Order, Remains};
 pub use hutch_sandbox_sys::defence::Defence;
+pub use hutch_sandbox_sys::{WindowSize, terminal::size as terminal_size};
 pub use observe::{Observer, SlotGauges, Stream, Unobserved};
 pub use report::{Durations, JobFacts, Report};
+pub use terminal::{Stroke, Strokes};

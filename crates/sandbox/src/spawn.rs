@@ -16,6 +16,7 @@ use crate::cgroup::{Cgroups, Entrance, JobCgroup};
 use crate::plan::{JobPlan, Slots, mount_steps, rlimits};
 use crate::prepare::{OwnerMaps, Prepared, sealed};
 use crate::refusal::Refusal;
+use crate::terminal::DEFAULT_SIZE;
 
 /// A sandbox whose init lives.
 #[derive(Debug)]
@@ -115,7 +116,7 @@ pub(crate) fn spawn(
     let out_of_memory = cgroup.take_out_of_memory();
     let entrance = cgroup.entrance().map_err(|e| Refusal::host(with_source(&e)))?;
     let mounts = prepared.step_mounts(means.owner_maps)?;
-    let stdin = if step.stdin.is_empty() { None } else { Some(sealed(&[&step.stdin])?) };
+    let stdin = if step.stdin.is_empty() || step.terminal { None } else { Some(sealed(&[&step.stdin])?) };
     let (report, report_end) = pipe()?;
     let (stdout, stdout_end) = output_pipe()?;
     let (stderr, stderr_end) = output_pipe()?;
@@ -160,6 +161,7 @@ pub(crate) fn spawn(
             rlimits: rlimits(&step.limits),
             stdin: stdin_index,
             outputs: [stdout_index, stderr_index],
+            terminal: step.terminal.then_some(DEFAULT_SIZE),
         },
     };
     let Started { init, mounts, handed_back } = means

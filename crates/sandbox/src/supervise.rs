@@ -15,14 +15,15 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::Interest;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use crate::capture::{Capture, MOST_KEPT};
 use crate::cgroup::{JobCgroup, Readings};
+use crate::engine::Order;
 use crate::observe::{Observer, Stream};
 use crate::plan::StepPlan;
 use crate::prepare::{DiskUse, Prepared};
 use crate::spawn::Running;
+use crate::terminal::{Stroke, Strokes, Terminal};
 use crate::verdict::Cause;
 
 /// How long set-up may take.
@@ -31,6 +32,9 @@ const SETUP_LIMIT: Duration = Duration::from_secs(60);
 const USAGE_EVERY: Duration = Duration::from_secs(1);
 /// Bounds of the time between two looks at the processor's use.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(500));
+
+/// What a terminal holds at most of what was not read yet: TTYB_DEFAULT_MEM_LIMIT of the kernel.
+const TERMINAL_HOLDS: u64 = 64 << 10;
 
 /// A step whose last process is dead.
 #[derive(Debug)]
@@ -93,14 +97,23 @@ struct Watch<'a> {
 /// If the descriptors cannot be watched; the sandbox is dead then too, by their closing and the launcher.
 pub(crate) async fn supervise(
     running: Running,
-    StepPlan { limits, name: step, .. }: &StepPlan,
+    StepPlan { limits, name: step, stdin, terminal: wants_terminal, .. }: &StepPlan,
     kept_before: (u64, u64),
     prepared: &Prepared,
-    cancel: &CancellationToken,
+    order: &Order,
     observer: &dyn Observer,
 ) -> io::Result<Exited> {
-    let Running { init, mounts, handed_back, report, stdout, stderr, out_of_memory, cgroup, carried_bytes } =
-        running;
+    let Running {
+        init,
+        mounts,
+        mut handed_back,
+        report,
+        stdout,
+        stderr,
+        out_of_memory,
+        cgroup,
+        carried_bytes,
+    } = running;
     let now = Instant::now();
     let [report, stdout, stderr] = [watched(report)?, watched(stdout)?, watched(stderr)?];
     let memory = out_of_memory.map(watched).transpose()?;
@@ -127,6 +140,11 @@ pub(crate) async fn supervise(
         idle: Duration::ZERO,
         disk: DiskUse::default(),
     };
+    let Order { cancel, strokes, .. } = order;
+    let mut arriving =
+        if *wants_terminal { Some(readable(handed_back.socket().try_clone_to_owned()?)?) } else { None };
+    let mut terminal: Option<Terminal> = None;
+    let (mut shows, mut types) = (true, strokes.is_some());
     let mut open = [true; 3];
     let mut memory_open = memory.is_some();
     loop {
@@ -140,6 +158,32 @@ pub(crate) async fn supervise(
             ready = stderr.readable(), if open[2] => {
                 open[2] = settle(ready?, watch.read_output(&stderr, Stream::Stderr)?);
             }
+            ready = arrival(arriving.as_ref()), if arriving.is_some() => {
+                ready?;
+                if !handed_back.receive()? {
+                    arriving = None;
+                }
+                if let Some(fd) = handed_back.take_terminal() {
+                    terminal = Some(Terminal::new(attended(fd)?, stdin, strokes.is_none()));
+                    arriving = None;
+                }
+            }
+            shown = shown_at(terminal.as_ref()), if terminal.is_some() && shows => {
+                let (ready, fd) = shown?;
+                shows = settle(ready, watch.read_output(fd, Stream::Stdout)?);
+            }
+            ready = taken_at(terminal.as_ref()), if terminal.as_ref().is_some_and(Terminal::has_waiting) => {
+                ready?;
+                if let Some(terminal) = &mut terminal {
+                    terminal.type_waiting().await?;
+                }
+            }
+            stroke = typed(strokes.as_ref()), if types && terminal.as_ref().is_some_and(Terminal::takes_strokes) => {
+                match (stroke, &mut terminal) {
+                    (Some(stroke), Some(terminal)) => terminal.stroke(stroke),
+                    _ => types = false,
+                }
+            }
             () = out_of_memory_event(memory.as_ref()), if memory_open => { memory_open = false; watch.memory_ran_out() }
             () = cancel.cancelled(), if watch.may_be_called_off() => watch.kill(Cause::Requested),
             () = tokio::time::sleep_until(next) => watch.look(),
@@ -150,6 +194,9 @@ pub(crate) async fn supervise(
     watch.read_records(&report)?;
     watch.drain(&stdout, Stream::Stdout)?;
     watch.drain(&stderr, Stream::Stderr)?;
+    if let Some(terminal) = terminal.filter(|_| shows) {
+        watch.drain_up_to(&terminal.fd, Stream::Stdout, TERMINAL_HOLDS)?;
+    }
     Ok(watch.finish(dead_ns, mounts, handed_back))
 }
 
@@ -166,9 +213,25 @@ enum Flow {
 
 /// A descriptor that the runtime watches; reads of it do not block.
 fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+    unblocked(&fd)?;
+    readable(fd)
+}
+
+/// The same for a descriptor that is written to as well.
+fn attended(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    unblocked(&fd)?;
+    #[expect(deprecated, reason = "as below")]
+    AsyncFd::with_interest(fd, Interest::READABLE | Interest::WRITABLE)
+}
+
+fn unblocked(fd: &OwnedFd) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
     // The reading end has an open description of its own: the program's end goes on blocking.
-    fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
+fn readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     #[expect(
         deprecated,
         reason = "an OwnedFd keeps its descriptor open, which is all that the new name asks for"
@@ -189,10 +252,44 @@ fn settle(mut ready: AsyncFdReadyGuard<'_, OwnedFd>, flow: Flow) -> bool {
 /// Reads once: the bytes' count, or what the pipe has instead.
 fn read(fd: &AsyncFd<OwnedFd>, bytes: &mut [u8]) -> io::Result<Result<usize, Flow>> {
     match nix::unistd::read(fd.get_ref(), bytes) {
-        Ok(0) => Ok(Err(Flow::Closed)),
+        // A terminal says so when the program's side is closed.
+        Ok(0) | Err(Errno::EIO) => Ok(Err(Flow::Closed)),
         Ok(count) => Ok(Ok(count)),
         Err(Errno::EAGAIN | Errno::EINTR) => Ok(Err(Flow::Dry)),
         Err(e) => Err(e.into()),
+    }
+}
+
+/// Waits until a sandbox handed something back.
+async fn arrival(socket: Option<&AsyncFd<OwnedFd>>) -> io::Result<()> {
+    match socket {
+        Some(socket) => socket.readable().await.map(|mut ready| ready.clear_ready()),
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits until a terminal shows something.
+async fn shown_at(
+    terminal: Option<&Terminal>,
+) -> io::Result<(AsyncFdReadyGuard<'_, OwnedFd>, &AsyncFd<OwnedFd>)> {
+    match terminal {
+        Some(Terminal { fd, .. }) => fd.readable().await.map(|ready| (ready, fd)),
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits until a terminal takes what is typed.
+async fn taken_at(terminal: Option<&Terminal>) -> io::Result<()> {
+    match terminal {
+        Some(terminal) => terminal.writable().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn typed(strokes: Option<&Strokes>) -> Option<Stroke> {
+    match strokes {
+        Some(strokes) => strokes.next().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -388,10 +485,12 @@ impl Watch<'_> {
     /// of another sandbox, over a socket in a shared volume, and that one may write for ever.
     fn drain(&mut self, pipe: &AsyncFd<OwnedFd>, stream: Stream) -> io::Result<()> {
         let capacity = fcntl(pipe.get_ref(), FcntlArg::F_GETPIPE_SZ)?;
+        self.drain_up_to(pipe, stream, u64::try_from(capacity).unwrap_or(0))
+    }
+
+    fn drain_up_to(&mut self, from: &AsyncFd<OwnedFd>, stream: Stream, most: u64) -> io::Result<()> {
         let begun = self.captured(stream);
-        while self.captured(stream) - begun < u64::try_from(capacity).unwrap_or(0)
-            && self.read_output(pipe, stream)? == Flow::More
-        {}
+        while self.captured(stream) - begun < most && self.read_output(from, stream)? == Flow::More {}
         Ok(())
     }
 

@@ -126,6 +126,9 @@ pub(crate) struct RunArgs {
     /// What it reads from stdin; `-` hands on this command's own [default: nothing].
     #[arg(short = 'i', long, value_name = "FILE")]
     pub(crate) stdin: Option<PathBuf>,
+    /// Run it on a terminal; this command's own, if stdin is one, is handed on to it.
+    #[arg(short = 'T', long)]
+    pub(crate) tty: bool,
     /// Keep what it wrote at these paths, such as `/box/out/**`; repeatable.
     #[arg(short, long = "output", value_name = "GLOB")]
     pub(crate) outputs: Vec<String>,
@@ -151,6 +154,7 @@ Examples:
   hutch run -- python3 -c 'print(6 * 7)'
   hutch run --memory 64MiB --time 2s --file sum.py:/box/sum.py -- python3 /box/sum.py
   hutch run --volume pip-cache:/cache --output '/box/out/**' --output-dir out -- make -C /box
+  hutch run --tty -- bash
   hutch run job.json
 
 Exits as the program did: its exit code; 128+n if signal n ended it; 124 if a limit of time was hit;

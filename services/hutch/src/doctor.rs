@@ -194,7 +194,7 @@ async fn sandbox(settings: &Settings, launcher: Launcher) -> Finding {
         Ok(job) => job,
         Err(error) => return failed(error.to_string()),
     };
-    let order = Order { job, slot: 0, cancel: CancellationToken::new() };
+    let order = Order { job, slot: 0, cancel: CancellationToken::new(), strokes: None };
     let report = engine.run(order, &Unobserved).await;
     if report.status == Status::Succeeded {
         let setup = report.durations.setup_us;

@@ -5,6 +5,7 @@
 //! 3. Logging and the runtime start, and the command does its work.
 
 mod cli;
+mod console;
 mod demo;
 mod doctor;
 mod engine;

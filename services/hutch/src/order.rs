@@ -66,6 +66,7 @@ pub(crate) fn job(args: &RunArgs) -> anyhow::Result<JobSpec> {
              --output '/box/out/**', or in outputs.paths of the spec"
         );
     }
+    job.tty |= args.tty;
     job.limits = limits(args).over(&job.limits);
     job.validate().map_err(problems)?;
     Ok(job)

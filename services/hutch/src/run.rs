@@ -16,6 +16,7 @@ use hutch_sandbox::{Engine, JobFacts, Launcher, Observer, Order, Report, Stream,
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::RunArgs;
+use crate::console::Console;
 use crate::settings::{self, Flags, Settings};
 use crate::{engine, exit, order, queue, signals, term, unpack, verdict};
 
@@ -88,13 +89,19 @@ impl Run<'_> {
         let cancel = CancellationToken::new();
         let mut signals = signals::cancel_on_end(cancel.clone());
         let (printer, printing) = Printer::start(cancel.clone());
-        let order = Order { job, slot: 0, cancel };
+        let mut strokes = None;
+        let mut console = None;
+        if job.tty && job.stdin.is_none() && !self.args.json {
+            (console, strokes) = Console::take().context("the terminal cannot be handed on")?.unzip();
+        }
+        let order = Order { job, slot: 0, cancel, strokes };
         let observer: &dyn Observer = if self.args.json { &Unobserved } else { &printer };
         let mut report = tokio::select! {
             report = engine.run(order, observer) => report,
             _ = &mut signals => bail!("the job did not end when it was told to; it is killed"),
         };
         signals.abort();
+        drop(console);
         drop(printer);
         if printing.join().is_err() {
             bail!("what the program wrote could not be shown");

@@ -81,7 +81,7 @@ impl Attempt {
         }
         let speaker = Speaker { id: facts.id, attempt: facts.attempt, worker: facts.worker.clone() };
         let relay = Relay::start(Arc::clone(&means.queue), speaker);
-        let mut report = means.engine.run(Order { job, slot, cancel }, &relay).await;
+        let mut report = means.engine.run(Order { job, slot, cancel, strokes: None }, &relay).await;
         relay.close().await;
         if report.status == Status::InfraError {
             return Outcome::Fault {

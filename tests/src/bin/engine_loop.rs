@@ -78,7 +78,7 @@ async fn run(
         submitted_at: Timestamp::now(),
         labels: job.labels.clone(),
     };
-    let order = Order { job, slot, cancel: CancellationToken::new() };
+    let order = Order { job, slot, cancel: CancellationToken::new(), strokes: None };
     Ok(engine.run(order, observer).await.into_result(facts))
 }
 

@@ -16,15 +16,19 @@ use nix::sys::stat::{Mode, fchmod};
 use super::files::{
     self, Owner, change_owner, make_directory, make_parent, open_regular, read_into, write_all,
 };
+use super::receive::give;
 use super::user::{Key, find_group, find_user, groups_of};
 use super::{Failure, Line, Sandbox};
+use crate::channel::Handed;
 use crate::defence::{Defence, without};
 use crate::order::{CgroupRef, FileRef, List, TextRef};
+use crate::plan::WindowSize;
 use crate::process::{
     close_at_exec, exec, exit_now, forbid_capabilities, install_filter, keep_capabilities, monotonic_ns,
     set_groups, set_ids, set_rlimit, unblock_signals,
 };
 use crate::record::{Record, Stage};
+use crate::terminal;
 use crate::{Errno, Result};
 
 const MAX_GROUPS: usize = 64;
@@ -63,13 +67,13 @@ fn prepare_and_exec(sandbox: &mut Sandbox<'_>) -> core::result::Result<core::con
     let owner = Owner { uid: identity.uid, gid: identity.gid };
     write_files(sandbox, root.as_fd(), |path| !is_database(path), owner)?;
     let cwd = open_cwd(sandbox, root.as_fd(), &identity).map_err(Failure::at(Stage::Cwd))?;
-    take_streams(sandbox, root.as_fd()).map_err(Failure::at(Stage::Stdio))?;
+    take_streams(sandbox, root.as_fd(), owner).map_err(Failure::at(Stage::Stdio))?;
     for (index, limit) in sandbox.order.program.rlimits.enumerate() {
         limit
             .and_then(|limit| set_rlimit(limit.resource, limit.soft, limit.hard))
             .map_err(Failure::of(Stage::Rlimit, index))?;
     }
-    confine(&identity).map_err(Failure::at(Stage::Confine))?;
+    confine(&identity, sandbox.order.program.terminal.is_some()).map_err(Failure::at(Stage::Confine))?;
     nix::unistd::fchdir(&cwd).map_err(Failure::at(Stage::Cwd))?;
     if !without(Defence::Seccomp) {
         install_filter(sandbox.filter).map_err(Failure::at(Stage::Confine))?;
@@ -245,7 +249,10 @@ fn open_cwd(sandbox: &Sandbox<'_>, root: BorrowedFd<'_>, identity: &Identity) ->
 }
 
 /// Puts the program's streams at 0, 1 and 2; every other descriptor closes at exec.
-fn take_streams(sandbox: &Sandbox<'_>, root: BorrowedFd<'_>) -> Result<()> {
+fn take_streams(sandbox: &Sandbox<'_>, root: BorrowedFd<'_>, owner: Owner) -> Result<()> {
+    if let Some(size) = sandbox.order.program.terminal {
+        return take_terminal(sandbox, root, owner, size);
+    }
     let [stdout, stderr] = sandbox.order.program.outputs;
     match sandbox.order.program.stdin {
         Some(stdin) => nix::unistd::dup2_stdin(sandbox.fd(stdin)?)?,
@@ -263,8 +270,26 @@ fn take_streams(sandbox: &Sandbox<'_>, root: BorrowedFd<'_>) -> Result<()> {
     close_at_exec(3)
 }
 
-fn confine(identity: &Identity) -> Result<()> {
+/// Makes a terminal of the sandbox's own the program's streams, and hands its other side back. No path that a layer or
+/// the program could have set is used: `/dev` is ours, and the program's side is asked of ours (TIOCGPTPEER(2const)).
+fn take_terminal(sandbox: &Sandbox<'_>, root: BorrowedFd<'_>, owner: Owner, size: WindowSize) -> Result<()> {
+    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    let ours = openat(root, c"dev/pts/ptmx", flags, Mode::empty())?;
+    let theirs = terminal::open_peer(ours.as_fd())?;
+    terminal::set_size(ours.as_fd(), size)?;
+    change_owner(theirs.as_fd(), owner)?;
+    give(sandbox.socket, Handed::Terminal, ours.as_fd())?;
+    nix::unistd::dup2_stdin(&theirs)?;
+    nix::unistd::dup2_stdout(&theirs)?;
+    nix::unistd::dup2_stderr(&theirs)?;
+    close_at_exec(3)
+}
+
+fn confine(identity: &Identity, terminal: bool) -> Result<()> {
     nix::unistd::setsid()?;
+    if terminal {
+        terminal::control()?;
+    }
     nix::sys::stat::umask(Mode::from_bits_truncate(0o022));
     unblock_signals()?;
     if !without(Defence::Capabilities) {

@@ -7,7 +7,7 @@ use core::ffi::c_void;
 use core::ptr::null_mut;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 
-use crate::channel::{IN_MEMFD, INLINE, MAX_BODY, MAX_FDS, MAX_PACKET};
+use crate::channel::{Handed, IN_MEMFD, INLINE, MAX_BODY, MAX_FDS, MAX_PACKET};
 use crate::{Errno, Result};
 
 /// Space for an order and its descriptors.
@@ -94,11 +94,11 @@ impl Mailbox {
     }
 }
 
-/// Sends a descriptor back over the socket, as [`Channel::receive`](crate::channel::Channel::receive) reads it: a message
-/// without a body.
-pub(super) fn give(socket: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> Result<()> {
+/// Sends a descriptor back over the socket, as [`Channel::receive`](crate::channel::Channel::receive) reads it: the body is
+/// a byte that says what it is.
+pub(super) fn give(socket: BorrowedFd<'_>, what: Handed, fd: BorrowedFd<'_>) -> Result<()> {
     use nix::sys::socket::MsgFlags;
-    let mut kind = [INLINE];
+    let mut kind = [INLINE, what as u8];
     let mut part = libc::iovec { iov_base: kind.as_mut_ptr().cast(), iov_len: kind.len() };
     // Room for a header and one descriptor, aligned as cmsg(3) wants.
     let mut control = [0_u64; 4];

@@ -11,6 +11,7 @@ use super::files::{Owner, RESOLVE, make_directory};
 use super::overlay::{self, Parts};
 use super::receive::give;
 use super::{Failure, Sandbox, parked};
+use crate::channel::Handed;
 use crate::defence::{Defence, without};
 use crate::mount::{
     RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, attach, clone_tree, open_beneath, relocate, restrict,
@@ -49,7 +50,7 @@ impl Site<'_> {
         match step {
             StepRef::Attach { mount, target } => attach(self.sandbox.fd(mount)?, AT_FDCWD, target.get()?),
             StepRef::HandBack { source } => {
-                give(self.sandbox.socket, clone_tree(AT_FDCWD, source.get()?)?.as_fd())
+                give(self.sandbox.socket, Handed::Scratch, clone_tree(AT_FDCWD, source.get()?)?.as_fd())
             }
             StepRef::Overlay { lowers, upper, work, target } => {
                 let parts = Parts { lowers, upper: upper.get()?, work: work.get()? };

@@ -155,9 +155,6 @@ fn refuse_what_is_not_there(spec: &JobSpec) -> Result<(), Refusal> {
     if spec.network == Network::Egress {
         return Err(Refusal::spec("network", "`egress` is not available on this worker; `none` is"));
     }
-    if spec.tty {
-        return Err(Refusal::spec("tty", "a pseudo-terminal is not available on this worker"));
-    }
     Ok(())
 }
 

@@ -29,6 +29,8 @@ pub(crate) struct StepPlan {
     pub(crate) cwd_path: String,
     pub(crate) stdin: Vec<u8>,
     pub(crate) allow_failure: bool,
+    /// Whether it runs on a terminal of its own.
+    pub(crate) terminal: bool,
 }
 
 /// Decides about one program; what a step leaves out is the job's.
@@ -40,6 +42,9 @@ pub(super) fn plan(
 ) -> Result<StepPlan, Refusal> {
     let (number, step) = step.unzip();
     let mut env: BTreeMap<&str, &str> = BTreeMap::from([("LANG", DEFAULT_LANG), ("PATH", DEFAULT_PATH)]);
+    if spec.tty {
+        env.insert("TERM", "xterm");
+    }
     // What a worker that hands its own environment on would give away.
     let own = if without(Defence::CleanEnvironment) { std::env::vars().collect() } else { BTreeMap::new() };
     env.extend(own.iter().map(|(name, value)| (name.as_str(), value.as_str())));
@@ -62,6 +67,7 @@ pub(super) fn plan(
         },
         cwd: cwd.map(|cwd| text(cwd.as_str())).transpose()?,
         stdin: stdin.map(|content| inline(content, "stdin")).transpose()?.unwrap_or_default(),
+        terminal: spec.tty,
         allow_failure: step.is_some_and(|step| step.allow_failure),
     })
 }

@@ -79,7 +79,6 @@ fn what_cannot_be_had_is_refused() {
             &["volumes[0].host_path", "worker.allowed_host_paths"],
         ),
         (r#"{"layers": ["host"], "command": ["a"], "network": "egress"}"#, &["network", "egress"]),
-        (r#"{"layers": ["host"], "command": ["a"], "tty": true}"#, &["tty"]),
         (
             r#"{"layers": ["host"], "command": ["a"], "limits": {"open_files": 5000}}"#,
             &["limits.open_files", "4096"],
