@@ -18,6 +18,7 @@ mod parse;
 mod path;
 mod result;
 pub mod schema;
+mod seccomp;
 mod spec;
 mod time;
 pub mod units;
@@ -35,6 +36,7 @@ pub use result::{
     Archive, Captured, JobResult, JobState, JobView, LimitHit, OutputFile, OutputKind, Outputs, Reason,
     Status, StepResult, Timeline, Usage,
 };
+pub use seccomp::{SeccompProfile, SeccompRefused, SeccompSpec};
 pub use spec::{
     FileSpec, JobSpec, MAX_SPEC_BYTES, Network, OutputsSpec, StepSpec, VolumeMount, VolumeSource,
 };

@@ -419,6 +419,9 @@ pub struct StepResult {
     pub exit_code: Option<i32>,
     /// The signal that ended it, such as `SIGSEGV`.
     pub signal: Option<String>,
+    /// Names of the system calls that were refused, where the job asked for them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub refused_syscalls: Vec<String>,
     /// What it wrote to stdout.
     pub stdout: Captured,
     /// What it wrote to stderr.
@@ -454,6 +457,9 @@ pub struct JobResult {
     pub exit_code: Option<i32>,
     /// The signal that ended it, such as `SIGSEGV`.
     pub signal: Option<String>,
+    /// Names of the system calls that were refused, where the job asked for them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub refused_syscalls: Vec<String>,
     /// What it wrote to stdout.
     pub stdout: Captured,
     /// What it wrote to stderr.
@@ -491,6 +497,7 @@ impl JobResult {
             limit: None,
             exit_code: None,
             signal: None,
+            refused_syscalls: Vec::new(),
             stdout: Captured::default(),
             stderr: Captured::default(),
             usage: Usage::default(),

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::object::{self, Object};
-use crate::{Content, JobId, JobPath, LayerRef, LimitsSpec, Mode, UserSpec};
+use crate::{Content, JobId, JobPath, LayerRef, LimitsSpec, Mode, SeccompSpec, UserSpec};
 
 /// The most bytes that a spec's JSON may have; larger content goes to the blob store.
 pub const MAX_SPEC_BYTES: usize = 8 << 20;
@@ -64,6 +64,9 @@ pub struct JobSpec {
     /// What the job may use.
     #[serde(default, deserialize_with = "object::one", skip_serializing_if = "is_default")]
     pub limits: LimitsSpec,
+    /// Which system calls it may make.
+    #[serde(default, deserialize_with = "object::one", skip_serializing_if = "is_default")]
+    pub seccomp: SeccompSpec,
     /// Directories that outlive the job.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<VolumeMount>,
@@ -256,6 +259,9 @@ pub struct StepSpec {
     /// Its own limits, over the job's.
     #[serde(default, deserialize_with = "object::one", skip_serializing_if = "is_default")]
     pub limits: LimitsSpec,
+    /// Its own treatment of system calls, over the job's.
+    #[serde(default, deserialize_with = "object::one", skip_serializing_if = "is_default")]
+    pub seccomp: SeccompSpec,
     /// Whether the next step runs, and the job may succeed, even when this one does not.
     #[serde(default, skip_serializing_if = "is_false")]
     pub allow_failure: bool,

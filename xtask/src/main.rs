@@ -42,7 +42,7 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Write the JSON Schemas of proto/schema anew from the types
+    /// Write what is generated anew: the JSON Schemas of proto/schema, docs/system-calls.md
     Schema,
     /// Fuzz the spec parser for a while (needs cargo-fuzz)
     Fuzz {
@@ -77,7 +77,8 @@ fn main() -> anyhow::Result<()> {
         }
         Task::Schema => {
             let update = [("HUTCH_UPDATE_SCHEMAS", "1")];
-            cargo(&["test", "--package", "hutch-proto", "--test", "spec", "schema_on_file"], &update)
+            cargo(&["test", "--package", "hutch-proto", "--test", "spec", "schema_on_file"], &update)?;
+            cargo(&["test", "--package", "hutch-sandbox", "--lib", "the_document_says"], &update)
         }
         Task::Fuzz { seconds } => {
             let time = format!("-max_total_time={seconds}");

@@ -96,6 +96,7 @@ mod tests {
                 limit: None,
                 exit_code: None,
                 signal: None,
+                refused_syscalls: Vec::new(),
                 stdout: captured(stdout.clone()),
                 stderr: captured(stderr.clone()),
                 usage: result.usage,

@@ -15,3 +15,13 @@ pub struct Instruction {
     /// Operand.
     pub operand: u32,
 }
+
+/// The filters of which a program gets one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Filters {
+    /// What a plan chooses from, by number.
+    pub programs: Vec<Vec<Instruction>>,
+    /// What the sandbox gives execve(2) as fourth and fifth argument when it starts the program, so that a filter can tell
+    /// that from what the program starts.
+    pub start_key: [u64; 2],
+}

@@ -32,6 +32,8 @@ pub(crate) enum Handed {
     Scratch = 1,
     /// The side of its terminal that is not the program's.
     Terminal = 2,
+    /// The listener of the program's filter, over a socket of its own: see [`notify`](crate::notify).
+    Listener = 3,
 }
 
 /// One end of the channel; a message and its answer are one after the other.

@@ -19,7 +19,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, setsid};
 use serde::{Deserialize, Serialize};
 
-use crate::bpf::Instruction;
+use crate::bpf::Filters;
 use crate::channel::{Channel, Handed};
 use crate::child::Workspace;
 use crate::child::parked::{open_namespace, user_namespace};
@@ -141,7 +141,7 @@ impl Launcher {
     ///
     /// # Errors
     /// EBUSY if there are other threads already; EPERM if this process may not make mount namespaces.
-    pub fn fork(filter: Vec<Instruction>) -> Result<Self> {
+    pub fn fork(filters: Filters) -> Result<Self> {
         defence::arm();
         if std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() > 1) {
             return Err(Errno::EBUSY);
@@ -158,7 +158,7 @@ impl Launcher {
             }
             ForkResult::Child => {
                 drop(here);
-                let code = i32::from(serve(&Channel::new(there), filter).is_err());
+                let code = i32::from(serve(&Channel::new(there), filters).is_err());
                 exit_now(code)
             }
         }
@@ -229,15 +229,15 @@ impl Drop for Launcher {
 /// What the launcher keeps between requests.
 struct Service {
     old_root: OldRoot,
-    filter: Vec<Instruction>,
+    filters: Filters,
     children: BTreeSet<libc::pid_t>,
     cgroups: Vec<(OwnedFd, String)>,
     workspace: Workspace,
 }
 
 /// The launcher's life, in the forked process.
-fn serve(channel: &Channel, filter: Vec<Instruction>) -> Result<()> {
-    let begun = begin(filter);
+fn serve(channel: &Channel, filters: Filters) -> Result<()> {
+    let begun = begin(filters);
     answer(channel, &begun.as_ref().map(|_| Vec::new()).map_err(|e| *e))?;
     let (mut service, signals) = begun?;
     loop {
@@ -270,7 +270,7 @@ fn serve(channel: &Channel, filter: Vec<Instruction>) -> Result<()> {
     Ok(())
 }
 
-fn begin(filter: Vec<Instruction>) -> Result<(Service, SignalFd)> {
+fn begin(filters: Filters) -> Result<(Service, SignalFd)> {
     setsid()?;
     nix::sys::prctl::set_dumpable(false)?;
     // SAFETY: the launcher has one thread, and uses neither arguments nor environment.
@@ -290,7 +290,7 @@ fn begin(filter: Vec<Instruction>) -> Result<(Service, SignalFd)> {
     let old_root = tinyroot::enter()?;
     let service = Service {
         old_root,
-        filter,
+        filters,
         children: BTreeSet::new(),
         cgroups: Vec::new(),
         workspace: Workspace::new(),
@@ -357,7 +357,7 @@ impl Service {
         match unsafe { clone_process(namespaces, None) }? {
             Cloned::Child => {
                 drop(here);
-                child::init(&mut self.workspace, there.as_fd(), ids, &self.filter)
+                child::init(&mut self.workspace, there.as_fd(), ids, &self.filters)
             }
             Cloned::Parent { pid, pidfd } => {
                 self.children.insert(pid);

@@ -15,6 +15,7 @@ mod child;
 pub mod defence;
 mod launcher;
 pub mod mount;
+pub mod notify;
 mod order;
 mod plan;
 pub mod process;

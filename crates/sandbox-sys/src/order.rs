@@ -155,6 +155,8 @@ pub(crate) struct ProgramRef<'a> {
     pub(crate) stdin: Option<FdIndex>,
     pub(crate) outputs: [FdIndex; 2],
     pub(crate) terminal: Option<WindowSize>,
+    pub(crate) filter: u8,
+    pub(crate) listener: Option<FdIndex>,
 }
 
 /// How the program enters its cgroup.
@@ -216,6 +218,8 @@ mod tests {
                 stdin: Some(1),
                 outputs: [2, 3],
                 terminal: Some(WindowSize { rows: 24, columns: 80 }),
+                filter: 3,
+                listener: Some(5),
             },
         }
     }
@@ -249,6 +253,7 @@ mod tests {
         assert_eq!((program.set_home, program.set_user, program.stdin), (true, false, Some(1)));
         assert_eq!(program.outputs, [2, 3]);
         assert_eq!(program.terminal, plan().program.terminal);
+        assert_eq!((program.filter, program.listener), (3, Some(5)));
         assert_eq!(program.rlimits.collect::<Result<Vec<_>>>(), Ok(plan().program.rlimits));
         let file = program.files.clone().next().expect("file").expect("file");
         assert_eq!((file.path.get(), file.offset, file.length, file.mode), (Ok(c"/f"), 1 << 40, 5, 0o644));

@@ -203,6 +203,10 @@ pub struct Program {
     pub outputs: [FdIndex; 2],
     /// A pseudo-terminal of the sandbox's own takes the place of all three: pty(7). Its other side is handed back.
     pub terminal: Option<WindowSize>,
+    /// Which of the launcher's filters it gets.
+    pub filter: u8,
+    /// A socket to which the filter's listener is sent, if refusals are to be told.
+    pub listener: Option<FdIndex>,
 }
 
 /// How large a terminal is: TIOCSWINSZ(2const).

@@ -1,7 +1,7 @@
 //! Processes: clone3(2), pidfds, capabilities, seccomp. None of these functions allocates.
 
 use std::mem::size_of;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::bpf::Instruction;
 use crate::mount::check;
@@ -307,12 +307,24 @@ struct FilterProgram {
 
 /// Installs a seccomp filter on this thread and all it will start: seccomp(2).
 pub(crate) fn install_filter(filter: &[Instruction]) -> Result<()> {
+    set_filter(filter, 0).map(drop)
+}
+
+/// The same with a listener: seccomp_unotify(2). A call that waits for its answer is interrupted by what kills it alone.
+pub(crate) fn install_listened_filter(filter: &[Instruction]) -> Result<OwnedFd> {
+    let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV;
+    let fd = RawFd::try_from(set_filter(filter, flags)?).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the kernel has just made this descriptor for this process.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn set_filter(filter: &[Instruction], flags: libc::c_ulong) -> Result<libc::c_long> {
     const SET_MODE_FILTER: libc::c_uint = 1;
     let len = libc::c_ushort::try_from(filter.len()).map_err(|_| Errno::EINVAL)?;
     let program = FilterProgram { len, filter: filter.as_ptr() };
     // SAFETY: `program` has the kernel's layout and points to `len` instructions.
-    let answer = unsafe { libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, 0, &raw const program) };
-    check(answer).map(drop)
+    let answer = unsafe { libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, flags, &raw const program) };
+    check(answer)
 }
 
 /// Lets one signal act as it does by default: rt_sigaction(2). The raw call, since the C library keeps two of them
@@ -398,7 +410,22 @@ pub fn monotonic_ns() -> u64 {
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
-/// Replaces this process by a program: execve(2). Returns only when that fails.
+/// A random number that nobody can guess: getrandom(2).
+///
+/// # Errors
+/// ENOSYS if the kernel has none.
+pub fn random_key() -> Result<[u64; 2]> {
+    let mut key = [0_u64; 2];
+    // SAFETY: the buffer is 16 bytes long; so few come at once.
+    let got = unsafe { libc::getrandom(key.as_mut_ptr().cast(), 16, 0) };
+    match Errno::result(got)? {
+        16 => Ok(key),
+        _ => Err(Errno::EIO),
+    }
+}
+
+/// Replaces this process by a program: execve(2). Returns only when that fails. The key goes along where execve has no
+/// arguments: see [`Filters`](crate::bpf::Filters).
 ///
 /// # Safety
 /// `argv` and `envp` must be arrays of pointers to NUL-terminated texts, ended by a null pointer.
@@ -406,9 +433,10 @@ pub(crate) unsafe fn exec(
     path: &std::ffi::CStr,
     argv: *const *const libc::c_char,
     envp: *const *const libc::c_char,
+    key: [u64; 2],
 ) -> Errno {
     // SAFETY: by this function's contract.
-    unsafe { libc::execve(path.as_ptr(), argv, envp) };
+    unsafe { libc::syscall(libc::SYS_execve, path.as_ptr(), argv, envp, key[0], key[1]) };
     Errno::last()
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use hutch_proto::LimitPolicy;
+use hutch_proto::{LimitPolicy, SeccompSpec};
 use hutch_trees::TreeStore;
 
 /// How an [`Engine`](crate::Engine) treats every job.
@@ -22,6 +22,8 @@ pub struct EngineConfig {
     pub trees: Option<TreeStore>,
     /// Defaults and maximums of the limits.
     pub limits: LimitPolicy,
+    /// How the system calls of a job are treated that does not say so.
+    pub seccomp: SeccompSpec,
     /// Up to this `disk_bytes` what a job writes lives in memory.
     pub scratch_memory_bytes: u64,
     /// Whether what is the same for every job is made before it is asked for: an init in its namespaces, and a cgroup, each
@@ -47,6 +49,7 @@ impl EngineConfig {
             layer_dirs: Vec::new(),
             trees: None,
             limits: LimitPolicy::default(),
+            seccomp: SeccompSpec::default(),
             scratch_memory_bytes: 256 << 20,
             prepare_ahead: true,
             max_output_files: 10_000,

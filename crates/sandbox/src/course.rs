@@ -1,5 +1,6 @@
 //! The course of one job: what is known of it so far, step by step, and at the end the report.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use hutch_proto::{Captured, Reason, StepResult, Timeline, Timestamp, Usage};
@@ -123,6 +124,7 @@ impl Course {
             limit: verdict.limit.clone(),
             exit_code: verdict.exit_code,
             signal: verdict.signal.clone(),
+            refused_syscalls: exited.refused_syscalls,
             stdout: exited.stdout,
             stderr: exited.stderr,
             usage,
@@ -190,6 +192,7 @@ impl Course {
             limit: verdict.limit,
             exit_code: verdict.exit_code,
             signal: verdict.signal,
+            refused_syscalls: refused_syscalls(&self.steps),
             stdout,
             stderr,
             usage: self.usage,
@@ -203,6 +206,12 @@ impl Course {
             remains: Some(self.remains),
         }
     }
+}
+
+/// The names of all calls that were refused to any step.
+fn refused_syscalls(steps: &[StepResult]) -> Vec<String> {
+    let names: BTreeSet<_> = steps.iter().flat_map(|step| &step.refused_syscalls).cloned().collect();
+    names.into_iter().collect()
 }
 
 fn concatenated(steps: &[StepResult], stream: Stream) -> Captured {

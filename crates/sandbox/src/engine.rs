@@ -40,8 +40,8 @@ impl Launcher {
     /// # Errors
     /// If this process has threads already, or may not make mount namespaces.
     pub fn fork() -> Result<Self, EngineError> {
-        let filter = seccomp::default_filter().map_err(|e| EngineError(e.to_string()))?;
-        RawLauncher::fork(filter).map(Self).map_err(|e| match e {
+        let filters = seccomp::filters().map_err(|e| EngineError(e.to_string()))?;
+        RawLauncher::fork(filters).map(Self).map_err(|e| match e {
             hutch_sandbox_sys::Errno::EPERM => EngineError(
                 "this process may not make mount namespaces; run as root, or in a container with CAP_SYS_ADMIN"
                     .to_owned(),

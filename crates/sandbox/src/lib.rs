@@ -18,6 +18,7 @@ mod observe;
 mod plan;
 mod prepare;
 mod refusal;
+mod refusals;
 mod report;
 pub mod seccomp;
 mod spawn;

@@ -25,6 +25,8 @@ pub struct Report {
     pub exit_code: Option<i32>,
     /// The signal that ended the deciding program.
     pub signal: Option<String>,
+    /// Names of the system calls that were refused, where the job asked for them.
+    pub refused_syscalls: Vec<String>,
     /// What the steps wrote to stdout, one after another.
     pub stdout: Captured,
     /// What the steps wrote to stderr.
@@ -97,6 +99,7 @@ impl Report {
             limit: self.limit,
             exit_code: self.exit_code,
             signal: self.signal,
+            refused_syscalls: self.refused_syscalls,
             stdout: self.stdout,
             stderr: self.stderr,
             usage: self.usage,

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
+use hutch_sandbox_sys::notify::listener_socket;
 use hutch_sandbox_sys::{
     Errno, FdIndex, FileWrite, HandedBack, IdRange, Launcher, Parked, Plan, Program, ProgramCgroup, Started,
 };
 use std::sync::{Mutex, PoisonError};
 
-use hutch_proto::Limits;
+use hutch_proto::{Limits, SeccompRefused};
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 
@@ -16,6 +17,7 @@ use crate::cgroup::{Cgroups, Entrance, JobCgroup};
 use crate::plan::{JobPlan, Slots, mount_steps, rlimits};
 use crate::prepare::{OwnerMaps, Prepared, sealed};
 use crate::refusal::Refusal;
+use crate::seccomp;
 use crate::terminal::DEFAULT_SIZE;
 
 /// A sandbox whose init lives.
@@ -31,6 +33,8 @@ pub(crate) struct Running {
     pub(crate) report: OwnedFd,
     pub(crate) stdout: OwnedFd,
     pub(crate) stderr: OwnedFd,
+    /// Where the listener for refused system calls comes, if it is wanted.
+    pub(crate) refusals: Option<OwnedFd>,
     /// Readable when memory ran out, where the kernel leaves it to us to kill the rest.
     pub(crate) out_of_memory: Option<OwnedFd>,
     pub(crate) cgroup: JobCgroup,
@@ -121,9 +125,19 @@ pub(crate) fn spawn(
     let (stdout, stdout_end) = output_pipe()?;
     let (stderr, stderr_end) = output_pipe()?;
 
+    let (refusals, refusals_end) = match step.refused {
+        SeccompRefused::Errno => (None, None),
+        SeccompRefused::Report | SeccompRefused::Kill => {
+            let failed = |e: Errno| Refusal::host(format!("cannot make a socket: {}", e.desc()));
+            let (here, there) = listener_socket().map_err(failed)?;
+            (Some(here), Some(there))
+        }
+    };
+
     let mut fds = FdList::default();
     let report_index = fds.add([report_end.as_fd()]);
     let stdin_index = stdin.as_ref().map(|stdin| fds.add([stdin.as_fd()]));
+    let listener = refusals_end.as_ref().map(|end| fds.add([end.as_fd()]));
     let stdout_index = fds.add([stdout_end.as_fd()]);
     let stderr_index = fds.add([stderr_end.as_fd()]);
     let slots = Slots {
@@ -162,12 +176,25 @@ pub(crate) fn spawn(
             stdin: stdin_index,
             outputs: [stdout_index, stderr_index],
             terminal: step.terminal.then_some(DEFAULT_SIZE),
+            filter: seccomp::index(step.profile, step.refused),
+            listener,
         },
     };
     let Started { init, mounts, handed_back } = means
         .start(&plan, &fds.0)
         .map_err(|e| Refusal::host(format!("the launcher could not start a sandbox: {}", e.desc())))?;
-    Ok(Running { init, mounts, handed_back, report, stdout, stderr, out_of_memory, cgroup, carried_bytes })
+    Ok(Running {
+        init,
+        mounts,
+        handed_back,
+        report,
+        stdout,
+        stderr,
+        refusals,
+        out_of_memory,
+        cgroup,
+        carried_bytes,
+    })
 }
 
 /// What the job has in memory before this step's group counts anything: files that are written for it, by a process

@@ -22,6 +22,7 @@ use crate::engine::Order;
 use crate::observe::{Observer, Stream};
 use crate::plan::StepPlan;
 use crate::prepare::{DiskUse, Prepared};
+use crate::refusals::Refusals;
 use crate::spawn::Running;
 use crate::terminal::{Stroke, Strokes, Terminal};
 use crate::verdict::Cause;
@@ -47,6 +48,8 @@ pub(crate) struct Exited {
     pub(crate) idle: Duration,
     pub(crate) stdout: Captured,
     pub(crate) stderr: Captured,
+    /// Names of the system calls that were refused, where that is told.
+    pub(crate) refused_syscalls: Vec<String>,
     /// CLOCK_MONOTONIC when the tree was dead, nanoseconds.
     pub(crate) dead_ns: u64,
     /// Its cgroup and its mount namespace, to be taken down when nobody waits.
@@ -97,7 +100,7 @@ struct Watch<'a> {
 /// If the descriptors cannot be watched; the sandbox is dead then too, by their closing and the launcher.
 pub(crate) async fn supervise(
     running: Running,
-    StepPlan { limits, name: step, stdin, terminal: wants_terminal, .. }: &StepPlan,
+    StepPlan { limits, name: step, stdin, refused, terminal: wants_terminal, .. }: &StepPlan,
     kept_before: (u64, u64),
     prepared: &Prepared,
     order: &Order,
@@ -110,6 +113,7 @@ pub(crate) async fn supervise(
         report,
         stdout,
         stderr,
+        refusals,
         out_of_memory,
         cgroup,
         carried_bytes,
@@ -145,6 +149,7 @@ pub(crate) async fn supervise(
         if *wants_terminal { Some(readable(handed_back.socket().try_clone_to_owned()?)?) } else { None };
     let mut terminal: Option<Terminal> = None;
     let (mut shows, mut types) = (true, strokes.is_some());
+    let mut refusals = Refusals::new(refusals, *refused)?;
     let mut open = [true; 3];
     let mut memory_open = memory.is_some();
     loop {
@@ -185,6 +190,7 @@ pub(crate) async fn supervise(
                 }
             }
             () = out_of_memory_event(memory.as_ref()), if memory_open => { memory_open = false; watch.memory_ran_out() }
+            () = refusals.ready() => if let Some(number) = refusals.take()? { watch.kill_now(Cause::Syscall(number)) },
             () = cancel.cancelled(), if watch.may_be_called_off() => watch.kill(Cause::Requested),
             () = tokio::time::sleep_until(next) => watch.look(),
         }
@@ -197,7 +203,7 @@ pub(crate) async fn supervise(
     if let Some(terminal) = terminal.filter(|_| shows) {
         watch.drain_up_to(&terminal.fd, Stream::Stdout, TERMINAL_HOLDS)?;
     }
-    Ok(watch.finish(dead_ns, mounts, handed_back))
+    Ok(watch.finish(dead_ns, mounts, handed_back, refusals.names()))
 }
 
 /// What a pipe still has.
@@ -508,7 +514,13 @@ impl Watch<'_> {
         }
     }
 
-    fn finish(mut self, dead_ns: u64, mounts: OwnedFd, handed_back: HandedBack) -> Exited {
+    fn finish(
+        mut self,
+        dead_ns: u64,
+        mounts: OwnedFd,
+        handed_back: HandedBack,
+        refused_syscalls: Vec<String>,
+    ) -> Exited {
         self.note_disk();
         let readings = self.readings();
         Exited {
@@ -519,6 +531,7 @@ impl Watch<'_> {
             idle: self.idle,
             stdout: self.stdout.done(),
             stderr: self.stderr.done(),
+            refused_syscalls,
             dead_ns,
             remains: (self.cgroup, mounts),
             handed_back,

@@ -22,6 +22,8 @@ pub(crate) enum Cause {
     Memory,
     Output(&'static str),
     Requested,
+    /// A system call, by its number, was refused to a job that is to be killed for that.
+    Syscall(i32),
     /// Set-up did not come to an end.
     Setup,
 }
@@ -94,13 +96,8 @@ pub(crate) fn decide(limits: &Limits, seen: &Observed) -> Verdict {
         None => plain_end(seen),
     };
     // A fault of the host says nothing of the program, and so nothing of its end.
-    // Where memory ran out the whole tree is killed: a shell that still told of its child's end, before its own
-    // came, was killed as well.
-    let (exit_code, signal) = match reason {
-        Some(Reason::HostError) => (None, None),
-        Some(Reason::Memory) => (None, Some("SIGKILL".to_owned())),
-        _ => (exit_code, signal),
-    };
+    let (exit_code, signal) =
+        if reason == Some(Reason::HostError) { (None, None) } else { (exit_code, signal) };
     let status = reason.map_or(Status::Succeeded, Reason::status);
     Verdict { status, reason, message, limit, exit_code, signal }
 }
@@ -153,6 +150,11 @@ fn limit_hit(limits: &Limits, seen: &Observed) -> Option<Finding> {
         }
         Some(Cause::Requested) => {
             return Some((Some(Reason::Requested), "cancelled on request".to_owned(), None));
+        }
+        Some(Cause::Syscall(number)) => {
+            let call = crate::seccomp::name(number);
+            let message = format!("syscall: `{call}` was called, which is refused; every process killed");
+            return Some((Some(Reason::Syscall), message, None));
         }
         // The program's process writes the job's files, and is held back as the program would be.
         Some(Cause::Setup) if seen.readings.throttled_us > MOST_HELD_BACK_US => {
@@ -246,6 +248,16 @@ mod tests {
     }
 
     #[test]
+    fn a_refused_call_is_named() {
+        let mut seen = seen(None);
+        seen.cause = Some(Cause::Syscall(i32::try_from(libc::SYS_ptrace).expect("number")));
+        let verdict = decide(&limits(), &seen);
+        assert_eq!((verdict.status, verdict.reason), (Status::LimitExceeded, Some(Reason::Syscall)));
+        assert!(verdict.message.contains("`ptrace`"), "{}", verdict.message);
+        assert_eq!(verdict.signal.as_deref(), Some("SIGKILL"));
+    }
+
+    #[test]
     fn set_up_that_a_limit_held_back_is_no_fault_of_the_host() {
         let mut seen = seen(None);
         seen.cause = Some(Cause::Setup);
@@ -261,15 +273,6 @@ mod tests {
         seen.readings.memory_limit_hits = 1;
         seen.cause = Some(Cause::WallTime);
         assert_eq!(reason(&seen), Some(Reason::Memory));
-    }
-
-    #[test]
-    fn a_shell_that_outlived_its_child_for_a_moment_was_killed_too() {
-        let mut seen = seen(Some(End::Exited(137)));
-        seen.readings.oom_kills = 1;
-        seen.readings.memory_limit_hits = 1;
-        let verdict = decide(&limits(), &seen);
-        assert_eq!((verdict.exit_code, verdict.signal.as_deref()), (None, Some("SIGKILL")));
     }
 
     #[test]

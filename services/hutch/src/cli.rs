@@ -138,6 +138,12 @@ pub(crate) struct RunArgs {
     /// What it sees of the network: none, egress [default: none].
     #[arg(long, value_name = "NETWORK")]
     pub(crate) network: Option<String>,
+    /// Which system calls it may make: default, strict [default: default].
+    #[arg(long, value_name = "PROFILE")]
+    pub(crate) seccomp: Option<String>,
+    /// What becomes of one that is refused: errno, report (in the result), kill [default: errno].
+    #[arg(long, value_name = "WHAT")]
+    pub(crate) refused: Option<String>,
     /// Print the result as JSON, alone on stdout; exits 0 if there is one.
     #[arg(long)]
     pub(crate) json: bool,

@@ -16,6 +16,7 @@ pub(crate) fn shared(settings: &Settings, layers: &Layers) -> anyhow::Result<Eng
         allowed_host_paths: worker.allowed_host_paths.clone(),
         layer_dirs: worker.layer_dirs.clone(),
         limits: settings.limits()?,
+        seccomp: worker.seccomp,
         trees: Some(layers.trees().clone()),
         scratch_memory_bytes: worker.scratch_memory_bytes.0,
         max_output_files: worker.max_output_files,

@@ -9,8 +9,8 @@ use std::path::Path;
 
 use anyhow::{Context, anyhow, bail};
 use hutch_proto::{
-    Content, FileSpec, JobPath, JobSpec, LayerRef, LimitsSpec, Mode, Network, Problem, SpecError, UserSpec,
-    VolumeMount, VolumeSource,
+    Content, FileSpec, JobPath, JobSpec, LayerRef, LimitsSpec, Mode, Network, Problem, SeccompProfile,
+    SeccompRefused, SeccompSpec, SpecError, UserSpec, VolumeMount, VolumeSource,
 };
 
 use crate::cli::RunArgs;
@@ -50,6 +50,7 @@ pub(crate) fn job(args: &RunArgs) -> anyhow::Result<JobSpec> {
             other => bail!("--network: `none` or `egress` is expected, not `{other}`"),
         };
     }
+    job.seccomp = seccomp(args)?.over(job.seccomp);
     for file in &args.files {
         job.files.push(file_of(file)?);
     }
@@ -166,6 +167,23 @@ fn volume_of(text: &str) -> anyhow::Result<VolumeMount> {
     Ok(VolumeMount { source, target: job_path("--volume", target)?, read_only })
 }
 
+fn seccomp(args: &RunArgs) -> anyhow::Result<SeccompSpec> {
+    let profile = match args.seccomp.as_deref() {
+        None => None,
+        Some("default") => Some(SeccompProfile::Default),
+        Some("strict") => Some(SeccompProfile::Strict),
+        Some(other) => bail!("--seccomp: `default` or `strict` is expected, not `{other}`"),
+    };
+    let refused = match args.refused.as_deref() {
+        None => None,
+        Some("errno") => Some(SeccompRefused::Errno),
+        Some("report") => Some(SeccompRefused::Report),
+        Some("kill") => Some(SeccompRefused::Kill),
+        Some(other) => bail!("--refused: `errno`, `report` or `kill` is expected, not `{other}`"),
+    };
+    Ok(SeccompSpec { profile, refused })
+}
+
 fn limits(args: &RunArgs) -> LimitsSpec {
     LimitsSpec {
         wall_time_ms: args.time.map(|time| time.0),
@@ -271,6 +289,8 @@ mod tests {
             (&["--output-dir", "o", "--", "x"], "--output '/box/out/**'"),
             (&["--layer", "python", "--", "x"], "image:<reference>"),
             (&["--network", "host", "--", "x"], "egress"),
+            (&["--seccomp", "none", "--", "x"], "strict"),
+            (&["--refused", "log", "--", "x"], "report"),
             (&["--cwd", "box", "--", "x"], "absolute"),
             (&["--user", "a b", "--", "x"], "letters"),
             (&["--memory", "1", "--", "x"], "limits.memory_bytes"),

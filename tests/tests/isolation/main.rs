@@ -5,6 +5,7 @@
 
 mod calls;
 mod host;
+mod refusals;
 mod shared;
 mod view;
 

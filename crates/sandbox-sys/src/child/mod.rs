@@ -25,7 +25,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
-use crate::bpf::Instruction;
+use crate::bpf::Filters;
 use crate::defence::{Defence, without};
 use crate::order::{CgroupRef, Order};
 use crate::plan::{FdIndex, IdRange};
@@ -83,7 +83,7 @@ pub(crate) struct Sandbox<'a> {
     fds: &'a [RawFd],
     report: BorrowedFd<'a>,
     userns: BorrowedFd<'a>,
-    filter: &'a [Instruction],
+    filters: &'a Filters,
     database: &'a mut [u8],
     argv: &'a mut Vec<*const libc::c_char>,
     envp: &'a mut Vec<*const libc::c_char>,
@@ -134,12 +134,7 @@ impl From<Failure> for Record {
 }
 
 /// The life of a sandbox's pid 1.
-pub(crate) fn init(
-    workspace: &mut Workspace,
-    socket: BorrowedFd<'_>,
-    ids: IdRange,
-    filter: &[Instruction],
-) -> ! {
+pub(crate) fn init(workspace: &mut Workspace, socket: BorrowedFd<'_>, ids: IdRange, filters: &Filters) -> ! {
     let Workspace { mailbox, database, stack, argv, envp, overlays } = workspace;
     let overlays = *overlays;
     let prepared = begin().map_err(Failure::at(Stage::Launch)).and_then(|()| parked::prepare(ids, stack));
@@ -150,7 +145,7 @@ pub(crate) fn init(
     let started = prepared.and_then(|userns| {
         let userns = lasting(userns);
         let mut sandbox =
-            Sandbox { order, socket, overlays, fds, report, userns, filter, database, argv, envp };
+            Sandbox { order, socket, overlays, fds, report, userns, filters, database, argv, envp };
         start(&mut sandbox, stack, ids)
     });
     let code = match started {

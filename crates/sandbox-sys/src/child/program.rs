@@ -24,8 +24,8 @@ use crate::defence::{Defence, without};
 use crate::order::{CgroupRef, FileRef, List, TextRef};
 use crate::plan::WindowSize;
 use crate::process::{
-    close_at_exec, exec, exit_now, forbid_capabilities, install_filter, keep_capabilities, monotonic_ns,
-    set_groups, set_ids, set_rlimit, unblock_signals,
+    close_at_exec, exec, exit_now, forbid_capabilities, install_filter, install_listened_filter,
+    keep_capabilities, monotonic_ns, set_groups, set_ids, set_rlimit, unblock_signals,
 };
 use crate::record::{Record, Stage};
 use crate::terminal;
@@ -76,7 +76,7 @@ fn prepare_and_exec(sandbox: &mut Sandbox<'_>) -> core::result::Result<core::con
     confine(&identity, sandbox.order.program.terminal.is_some()).map_err(Failure::at(Stage::Confine))?;
     nix::unistd::fchdir(&cwd).map_err(Failure::at(Stage::Cwd))?;
     if !without(Defence::Seccomp) {
-        install_filter(sandbox.filter).map_err(Failure::at(Stage::Confine))?;
+        filter_calls(sandbox).map_err(Failure::at(Stage::Confine))?;
     }
     Err(Failure::at(Stage::Exec)(exec_first(sandbox, &identity)))
 }
@@ -306,6 +306,20 @@ fn confine(identity: &Identity, terminal: bool) -> Result<()> {
     nix::sys::prctl::set_no_new_privs()
 }
 
+/// Installs the job's filter. One that tells of refusals has a listener, which goes to whoever gave the order; sendmsg(2)
+/// and execve(2) with the key are refused by no filter.
+fn filter_calls(sandbox: &Sandbox<'_>) -> Result<()> {
+    let program = &sandbox.order.program;
+    let instructions = sandbox.filters.programs.get(usize::from(program.filter)).ok_or(Errno::EBADMSG)?;
+    match program.listener {
+        None => install_filter(instructions),
+        Some(socket) => {
+            let socket = sandbox.fd(socket)?;
+            give(socket, Handed::Listener, install_listened_filter(instructions)?.as_fd())
+        }
+    }
+}
+
 /// What happens where descriptors leak: all that init held stay open. Only the tests' binary gets here.
 fn keep_at_exec() -> Result<()> {
     use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -338,7 +352,9 @@ fn exec_first(sandbox: &mut Sandbox<'_>, identity: &Identity) -> Errno {
             Err(errno) => return errno,
         };
         // SAFETY: both arrays end with a null pointer, and their texts with a NUL.
-        let errno = unsafe { exec(candidate, sandbox.argv.as_ptr(), sandbox.envp.as_ptr()) };
+        let errno = unsafe {
+            exec(candidate, sandbox.argv.as_ptr(), sandbox.envp.as_ptr(), sandbox.filters.start_key)
+        };
         match errno {
             Errno::ENOENT | Errno::ENOTDIR => {}
             Errno::EACCES => said = errno,

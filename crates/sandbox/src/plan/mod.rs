@@ -245,7 +245,7 @@ fn check_volume(source: &VolumeSource, path: &str, config: &EngineConfig) -> Res
 fn steps(spec: &JobSpec, config: &EngineConfig, abilities: &Abilities) -> Result<Vec<StepPlan>, Refusal> {
     if let Some(command) = &spec.command {
         let limits = step_limits(&config.limits, spec, None, "limits")?;
-        return Ok(vec![program::plan(spec, None, command, limits)?]);
+        return Ok(vec![program::plan(spec, None, command, limits, config.seccomp)?]);
     }
     if spec.steps.is_empty() {
         return Err(Refusal::spec(
@@ -257,7 +257,7 @@ fn steps(spec: &JobSpec, config: &EngineConfig, abilities: &Abilities) -> Result
         let path = format!("steps[{index}].limits");
         let limits = step_limits(&config.limits, spec, Some(&step.limits), &path)?;
         check_abilities(&limits, config, abilities, &path)?;
-        program::plan(spec, Some((index, step)), &step.command, limits)
+        program::plan(spec, Some((index, step)), &step.command, limits, config.seccomp)
     };
     spec.steps.iter().enumerate().map(plan).collect()
 }

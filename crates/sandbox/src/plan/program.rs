@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::CString;
 
-use hutch_proto::{JobSpec, Limits, StepSpec};
+use hutch_proto::{JobSpec, Limits, SeccompProfile, SeccompRefused, SeccompSpec, StepSpec};
 use hutch_sandbox_sys::defence::{Defence, without};
 use hutch_sandbox_sys::{Rlimit, Text};
 
@@ -28,6 +28,8 @@ pub(crate) struct StepPlan {
     /// The field of the spec that says so.
     pub(crate) cwd_path: String,
     pub(crate) stdin: Vec<u8>,
+    pub(crate) profile: SeccompProfile,
+    pub(crate) refused: SeccompRefused,
     pub(crate) allow_failure: bool,
     /// Whether it runs on a terminal of its own.
     pub(crate) terminal: bool,
@@ -39,6 +41,7 @@ pub(super) fn plan(
     step: Option<(usize, &StepSpec)>,
     command: &[String],
     limits: Limits,
+    default: SeccompSpec,
 ) -> Result<StepPlan, Refusal> {
     let (number, step) = step.unzip();
     let mut env: BTreeMap<&str, &str> = BTreeMap::from([("LANG", DEFAULT_LANG), ("PATH", DEFAULT_PATH)]);
@@ -52,6 +55,8 @@ pub(super) fn plan(
     env.extend(given.map(|(name, value)| (name.as_str(), value.as_str())));
     let stdin = step.and_then(|step| step.stdin.as_ref()).or(spec.stdin.as_ref());
     let cwd = step.and_then(|step| step.cwd.as_ref()).or(spec.cwd.as_ref());
+    let own = step.map(|step| step.seccomp).unwrap_or_default();
+    let seccomp = own.over(spec.seccomp).over(default);
     let name = step.map_or("main", |step| &step.name);
     Ok(StepPlan {
         name: name.to_owned(),
@@ -68,6 +73,8 @@ pub(super) fn plan(
         cwd: cwd.map(|cwd| text(cwd.as_str())).transpose()?,
         stdin: stdin.map(|content| inline(content, "stdin")).transpose()?.unwrap_or_default(),
         terminal: spec.tty,
+        profile: seccomp.profile.unwrap_or_default(),
+        refused: seccomp.refused.unwrap_or_default(),
         allow_failure: step.is_some_and(|step| step.allow_failure),
     })
 }

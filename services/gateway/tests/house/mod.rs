@@ -154,6 +154,7 @@ fn result(lease: &Lease, change: impl FnOnce(&mut JobResult)) -> JobResult {
         limit: None,
         exit_code: Some(0),
         signal: None,
+        refused_syscalls: Vec::new(),
         stdout,
         stderr: Captured::default(),
         usage: result.usage,

@@ -43,6 +43,8 @@ pub(crate) const KEYS: &[Key] = &[
     key("worker.pull_images", "whether images that are not here are fetched from their registries"),
     list("worker.insecure_registries", "registries without TLS, beside those of this machine"),
     key("worker.registry_logins", "a Docker config file with logins of registries"),
+    key("worker.seccomp.profile", "which system calls jobs may make: default or strict"),
+    key("worker.seccomp.refused", "what becomes of one that is refused: errno, report or kill"),
     key("worker.drain_grace", "how long running jobs may go on at the end"),
     key("worker.lease", "how long a job is held without a sign of life"),
     key("worker.store_patience", "how long a store that fails is waited for"),

@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
 use config::{Config, File, FileFormat, Value};
-use hutch_proto::LimitPolicy;
 use hutch_proto::units::{ByteSize, Millis};
+use hutch_proto::{LimitPolicy, SeccompSpec};
 use serde::Deserialize;
 
 pub(crate) use show::show;
@@ -60,6 +60,8 @@ pub(crate) struct WorkerSettings {
     pub(crate) pull_images: bool,
     pub(crate) insecure_registries: Vec<String>,
     pub(crate) registry_logins: Option<PathBuf>,
+    #[serde(default)]
+    pub(crate) seccomp: SeccompSpec,
     pub(crate) drain_grace: Millis,
     pub(crate) lease: Millis,
     pub(crate) store_patience: Millis,
