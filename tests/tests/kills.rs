@@ -54,10 +54,13 @@ fn kill(worker: Served) {
     let process = worker.process();
     let all = process.descendants();
     assert!(!all.is_empty(), "no launcher");
+    // The engine's, a child of the worker.
+    let homes = || all.iter().map(|one| one.cgroup_homes().len()).sum::<usize>();
+    assert!(homes() > 0, "no cgroups: who runs the jobs?");
     worker.signal(Signal::SIGKILL);
     drop(worker);
     let begun = Instant::now();
-    let left = || all.iter().filter(|one| one.is_alive()).count() + process.cgroup_homes().len();
+    let left = || all.iter().filter(|one| one.is_alive()).count() + homes();
     while left() > 0 {
         assert!(begun.elapsed() < SOON, "{} processes and cgroups are left after a kill", left());
         std::thread::sleep(Duration::from_millis(10));

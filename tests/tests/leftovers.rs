@@ -67,6 +67,7 @@ fn a_process_that_ran_many_jobs_holds_nothing() {
 #[derive(Debug, PartialEq, Eq)]
 struct Holdings {
     open_files: usize,
+    engine_files: usize,
     mounts: usize,
     cgroups: usize,
     children: usize,
@@ -80,18 +81,20 @@ struct Holdings {
 impl Holdings {
     fn of(worker: &Served, data: &Path) -> (Self, u64) {
         let process = worker.process();
-        let [launcher] = &process.children()[..] else { panic!("not one launcher") };
+        let [engine] = &process.children()[..] else { panic!("not one engine") };
+        let [launcher] = &engine.children()[..] else { panic!("not one launcher") };
         let holdings = Self {
             open_files: process.open_fds(),
-            mounts: process.mounts(),
-            cgroups: process.cgroups(),
+            engine_files: engine.open_fds(),
+            mounts: process.mounts() + engine.mounts(),
+            cgroups: engine.cgroups(),
             children: launcher.children().len(),
             launcher_files: launcher.open_fds(),
             launcher_mounts: launcher.mounts(),
             launcher_entries: launcher.root_entries(),
             data: size(data),
         };
-        (holdings, process.resident_kb() + launcher.resident_kb())
+        (holdings, process.resident_kb() + engine.resident_kb() + launcher.resident_kb())
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::StreamExt as _;
 use hutch_proto::{Digest, JobId, JobSpec, LayerRef};
-use hutch_trees::{Caps, LayerFacts, Owners, TreeStore, UnpackError};
+use hutch_trees::{CappedTrees, Caps, LayerFacts, Owners, TreeStore, Trees, UnpackError};
 use tokio::sync::Mutex as AsyncMutex;
 
 use crate::catalog::{Catalog, ImageRecord, LayerRecord};
@@ -56,29 +56,31 @@ pub struct CacheCounts {
 #[derive(Debug, Clone)]
 pub struct Layers {
     catalog: Catalog,
-    trees: TreeStore,
-    caps: Caps,
+    trees: Arc<dyn Trees>,
     registries: Option<Arc<Registries>>,
     underway: Arc<Mutex<HashMap<String, Arc<AsyncMutex<()>>>>>,
     counts: Arc<Mutex<CacheCounts>>,
 }
 
 impl Layers {
-    /// Layers whose blobs are in this store, unpacked below this directory.
+    /// Layers whose blobs are in this store, unpacked by these.
+    #[must_use]
+    pub fn new(blobs: BlobStore, trees: Arc<dyn Trees>) -> Self {
+        Self {
+            catalog: Catalog::new(blobs),
+            trees,
+            registries: None,
+            underway: Arc::default(),
+            counts: Arc::default(),
+        }
+    }
+
+    /// Layers whose blobs are in this store, unpacked by this process below this directory.
     ///
     /// # Errors
     /// [`StoreError::Image`] if the directory cannot be used.
     pub fn open(blobs: BlobStore, dir: &Path, caps: Caps) -> Result<Self, StoreError> {
-        let owners = if is_root() { Owners::AsInTar } else { Owners::Own };
-        let trees = TreeStore::open(dir, owners).map_err(unpacking)?;
-        Ok(Self {
-            catalog: Catalog::new(blobs),
-            trees,
-            caps,
-            registries: None,
-            underway: Arc::default(),
-            counts: Arc::default(),
-        })
+        Ok(Self::new(blobs, Arc::new(CappedTrees { store: open_trees(dir)?, caps })))
     }
 
     /// The same, and images that are not here are fetched from their registries.
@@ -95,8 +97,8 @@ impl Layers {
 
     /// What is unpacked here.
     #[must_use]
-    pub fn trees(&self) -> &TreeStore {
-        &self.trees
+    pub fn trees(&self) -> &dyn Trees {
+        self.trees.as_ref()
     }
 
     /// How often layers were here already.
@@ -234,9 +236,9 @@ impl Layers {
     }
 
     async fn unpack(&self, digest: Digest, file: File) -> Result<LayerFacts, StoreError> {
-        let (trees, caps) = (self.trees.clone(), self.caps);
-        let work = move || Ok(trees.add(&digest, file, caps));
-        blocking(work).await.map_err(lost)?.map_err(unpacking)
+        let trees = Arc::clone(&self.trees);
+        let work = move || Ok(trees.add(Some(&digest), file));
+        blocking(work).await.map_err(lost)?.map(|(_, facts)| facts).map_err(unpacking)
     }
 
     /// Unpacks a layer from a file, and keeps and records its bytes. Compressed or not, they are kept as they are.
@@ -245,15 +247,10 @@ impl Layers {
     /// [`StoreError`]; nothing is recorded then.
     pub async fn keep(&self, expected: Option<Digest>, mut file: File) -> Result<LayerRecord, StoreError> {
         let transfer = |source| StoreError::Transfer { operation: "cannot read a layer's bytes", source };
-        let (trees, caps) = (self.trees.clone(), self.caps);
+        let trees = Arc::clone(&self.trees);
         let again = file.try_clone().map_err(transfer)?;
-        let work = move || {
-            Ok(match expected {
-                Some(digest) => trees.add(&digest, again, caps).map(|_| digest),
-                None => trees.add_unknown(again, caps).map(|(digest, _)| digest),
-            })
-        };
-        let diff_id = blocking(work).await.map_err(lost)?.map_err(unpacking)?;
+        let work = move || Ok(trees.add(expected.as_ref(), again));
+        let (diff_id, _) = blocking(work).await.map_err(lost)?.map_err(unpacking)?;
         file.rewind().map_err(transfer)?;
         let stored = self.catalog.blobs().keep_file(file).await?;
         let record = LayerRecord { diff_id, blob: stored.digest, bytes: stored.bytes };
@@ -278,6 +275,15 @@ impl Layers {
     fn count(&self, change: impl FnOnce(&mut CacheCounts)) {
         change(&mut self.counts.lock().unwrap_or_else(PoisonError::into_inner));
     }
+}
+
+/// The layers that this process unpacks below this directory.
+///
+/// # Errors
+/// [`StoreError::Image`] if the directory cannot be used.
+pub fn open_trees(dir: &Path) -> Result<TreeStore, StoreError> {
+    let owners = if is_root() { Owners::AsInTar } else { Owners::Own };
+    TreeStore::open(dir, owners).map_err(unpacking)
 }
 
 /// Whether another try may do better decides what it is.

@@ -5,16 +5,14 @@
 
 use std::cell::RefCell;
 use std::fs::File;
-use std::io::{IoSlice, IoSliceMut, Read as _, Write as _};
-use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{IoSlice, Read as _, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
 
-use crate::{Errno, Result};
+pub(crate) use crate::packet::MAX_FDS;
+use crate::{Errno, Result, packet};
 
-/// The most descriptors in one message: SCM_MAX_FD of the kernel.
-pub(crate) const MAX_FDS: usize = 253;
 /// The most bytes in a packet; larger bodies go in a memfd.
 pub(crate) const MAX_PACKET: usize = 64 << 10;
 /// The most bytes of a body.
@@ -63,34 +61,16 @@ impl Channel {
         }
         let kind = [if memfd.is_some() { IN_MEMFD } else { INLINE }];
         let parts = [IoSlice::new(&kind), IoSlice::new(if memfd.is_some() { &[] } else { body })];
-        let rights = [ControlMessage::ScmRights(&raw)];
-        let rights = if raw.is_empty() { &rights[..0] } else { &rights[..] };
-        sendmsg::<UnixAddr>(self.socket.as_raw_fd(), &parts, rights, MsgFlags::MSG_NOSIGNAL, None).map(drop)
+        packet::send(self.socket.as_fd(), &parts, &raw)
     }
 
     /// Receives a body and descriptors; none when the other end is closed.
     pub(crate) fn receive(&self) -> Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
         let mut buffer = self.packet.borrow_mut();
-        let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
-        let mut parts = [IoSliceMut::new(&mut buffer[..])];
-        let message = recvmsg::<UnixAddr>(
-            self.socket.as_raw_fd(),
-            &mut parts,
-            Some(&mut space),
-            MsgFlags::MSG_CMSG_CLOEXEC,
-        )?;
-        let length = message.bytes;
-        let cut = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
-        let mut fds = Vec::new();
-        for control in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(raw) = control {
-                // SAFETY: the kernel has just made these descriptors for this process.
-                fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
-        }
+        let Some((length, mut fds)) = packet::receive::<MAX_FDS>(self.socket.as_fd(), &mut buffer)? else {
+            return Ok(None);
+        };
         match buffer.first() {
-            _ if length == 0 => Ok(None),
-            _ if cut => Err(Errno::EMSGSIZE),
             Some(&INLINE) => Ok(Some((buffer[1..length].to_vec(), fds))),
             Some(&IN_MEMFD) => {
                 let body = from_memfd(fds.pop().ok_or(Errno::EBADMSG)?)?;

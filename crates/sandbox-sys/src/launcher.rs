@@ -6,14 +6,14 @@
 //! every sandbox, waits until the last process is dead, removes the cgroups, and ends.
 
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socketpair};
 use nix::sys::stat::Mode;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, setsid};
@@ -25,7 +25,9 @@ use crate::child::Workspace;
 use crate::child::parked::{open_namespace, user_namespace};
 use crate::defence::{self, Defence, without};
 use crate::plan::{IdRange, Plan, RootIs};
-use crate::process::{Cloned, clone_process, exit_now, flags, forget_arguments, reset_signals};
+use crate::process::{
+    Cloned, clone_process, close_all_but, exit_now, flags, forget_arguments, reset_signals,
+};
 use crate::tinyroot::{self, OldRoot};
 use crate::{Errno, Result, child};
 
@@ -158,8 +160,8 @@ impl Launcher {
             }
             ForkResult::Child => {
                 drop(here);
-                let code = i32::from(serve(&Channel::new(there), filters).is_err());
-                exit_now(code)
+                let served = close_all_but(there.as_fd()).and_then(|()| serve(&Channel::new(there), filters));
+                exit_now(i32::from(served.is_err()))
             }
         }
     }
@@ -200,6 +202,15 @@ impl Launcher {
         // It is this process's child: if it ended, it is a zombie, or gone.
         let flags = WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT | WaitPidFlag::WEXITED;
         matches!(waitid(Id::Pid(self.pid), flags), Ok(WaitStatus::StillAlive))
+    }
+
+    /// Ends the launcher, and every sandbox with it; returns when they are gone. What is asked of it afterwards fails.
+    pub fn end(&self) {
+        if let Some(channel) = &self.channel {
+            let channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = shutdown(channel.fd().as_raw_fd(), Shutdown::Both);
+        }
+        let _ = waitpid(self.pid, None);
     }
 
     fn request(&self, request: Option<&Request>, fds: &[BorrowedFd<'_>]) -> Result<Vec<OwnedFd>> {

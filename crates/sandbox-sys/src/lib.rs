@@ -17,15 +17,18 @@ mod launcher;
 pub mod mount;
 pub mod notify;
 mod order;
+mod packet;
 mod plan;
 pub mod process;
 mod record;
+pub mod separate;
 pub mod terminal;
 mod tinyroot;
 
 pub use child::user;
 pub use launcher::{CgroupHome, HandedBack, Launcher, Parked, Started};
 pub use nix::errno::Errno;
+pub use packet::PacketSocket;
 pub use plan::{
     FdIndex, FileWrite, IdRange, Plan, Program, ProgramCgroup, Rlimit, RootIs, Step, Text, WindowSize,
 };

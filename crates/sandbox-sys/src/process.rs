@@ -248,6 +248,15 @@ pub(crate) fn close_range(first: libc::c_uint, last: libc::c_uint) -> Result<()>
     check(answer).map(drop)
 }
 
+/// Closes all but stdin, stdout, stderr and one socket: in a process that was just forked, copies of what its parent
+/// has open, which nobody here will use or close.
+pub(crate) fn close_all_but(socket: BorrowedFd<'_>) -> Result<()> {
+    const FIRST: libc::c_uint = 3;
+    let socket = libc::c_uint::try_from(socket.as_raw_fd()).map_err(|_| Errno::EBADF)?;
+    close_range(FIRST, socket.saturating_sub(1))?;
+    close_range(FIRST.max(socket + 1), libc::c_uint::MAX)
+}
+
 const CAP_VERSION_3: u32 = 0x2008_0522;
 
 #[repr(C)]

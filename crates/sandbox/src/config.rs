@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use hutch_proto::{LimitPolicy, SeccompSpec};
-use hutch_trees::TreeStore;
+use hutch_trees::CappedTrees;
 
 /// How an [`Engine`](crate::Engine) treats every job.
 #[derive(Debug, Clone)]
@@ -19,7 +19,7 @@ pub struct EngineConfig {
     /// Directories below which `dir:` layers may lie.
     pub layer_dirs: Vec<PathBuf>,
     /// The stored layers of this host; without it jobs can stack none.
-    pub trees: Option<TreeStore>,
+    pub trees: Option<CappedTrees>,
     /// Defaults and maximums of the limits.
     pub limits: LimitPolicy,
     /// How the system calls of a job are treated that does not say so.

@@ -14,7 +14,7 @@ use crate::observe::Stream;
 use crate::plan::{JobPlan, StepPlan};
 use crate::prepare::DiskUse;
 use crate::refusal::Refusal;
-use crate::report::{Durations, Report};
+use crate::report::{self, Durations, Report, concatenated};
 use crate::supervise::Exited;
 use crate::verdict::{End, Observed, Verdict, decide};
 
@@ -203,7 +203,7 @@ impl Course {
             started_at: Some(self.started_at),
             finished_at: Timestamp::now(),
             durations: self.durations,
-            remains: Some(self.remains),
+            remains: Some(report::Remains::Here(Box::new(self.remains))),
         }
     }
 }
@@ -212,18 +212,4 @@ impl Course {
 fn refused_syscalls(steps: &[StepResult]) -> Vec<String> {
     let names: BTreeSet<_> = steps.iter().flat_map(|step| &step.refused_syscalls).cloned().collect();
     names.into_iter().collect()
-}
-
-fn concatenated(steps: &[StepResult], stream: Stream) -> Captured {
-    let mut all = Captured::default();
-    for step in steps {
-        let one = match stream {
-            Stream::Stdout => &step.stdout,
-            Stream::Stderr => &step.stderr,
-        };
-        all.data.extend_from_slice(&one.data);
-        all.bytes += one.bytes;
-        all.truncated |= one.truncated;
-    }
-    all
 }

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use hutch_proto::JobSpec;
 use hutch_sandbox_sys::defence::{Defence, without};
 use hutch_sandbox_sys::{CgroupHome, IdRange, Launcher as RawLauncher, RootIs};
+use hutch_trees::CappedTrees;
 use tokio_util::sync::CancellationToken;
 
 use crate::cgroup::{Cgroups, GroupWatch, JobCgroup};
@@ -54,7 +55,7 @@ impl Launcher {
 /// Why there can be no engine on this host; says what would help.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub struct EngineError(String);
+pub struct EngineError(pub(crate) String);
 
 /// One job for the engine.
 #[derive(Debug)]
@@ -288,6 +289,22 @@ impl Engine {
         self.0.launcher.is_alive()
     }
 
+    /// Ends every sandbox, and returns when they and their cgroups are gone.
+    pub(crate) fn end(&self) {
+        self.0.launcher.end();
+    }
+
+    /// The stored layers of this host, if jobs may stack any.
+    #[must_use]
+    pub fn trees(&self) -> Option<&CappedTrees> {
+        self.0.config.trees.as_ref()
+    }
+
+    /// How many slots it has.
+    pub(crate) fn slots(&self) -> u32 {
+        self.0.config.slots
+    }
+
     /// How many left-over sandboxes were removed at the start.
     #[must_use]
     pub fn reaped(&self) -> u64 {
@@ -350,9 +367,14 @@ impl Drop for Live<'_> {
 
 fn make_private(dir: &std::path::Path) -> std::io::Result<()> {
     use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
-    let mode = if without(Defence::PrivateStore) { 0o755 } else { 0o700 };
-    std::fs::DirBuilder::new().recursive(true).mode(mode).create(dir)?;
-    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(mode))
+    if without(Defence::PrivateStore) {
+        std::fs::create_dir_all(dir)?;
+        return std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755));
+    }
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    // A group that may pass through stays: the services' user, whose files lie below.
+    let mode = std::fs::metadata(dir)?.permissions().mode() & 0o710;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(mode | 0o700))
 }
 
 fn tell_launcher(launcher: &RawLauncher, cgroups: &Cgroups) -> Result<(), EngineError> {

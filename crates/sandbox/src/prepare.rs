@@ -242,8 +242,9 @@ fn open_stored(digest: &Digest, index: usize, config: &EngineConfig) -> Result<(
         return Err(Refusal::new(Reason::ImageError, message));
     };
     let missing = || Refusal::host(format!("layers[{index}]: the layer {digest} is not here"));
-    let layer = trees.open_tree(digest).map_err(|e| Refusal::host(e.to_string()))?.ok_or_else(missing)?;
-    let facts = trees.facts(digest).ok_or_else(missing)?;
+    let layer =
+        trees.store.open_tree(digest).map_err(|e| Refusal::host(e.to_string()))?.ok_or_else(missing)?;
+    let facts = trees.store.facts(digest).ok_or_else(missing)?;
     Ok((layer, facts))
 }
 

@@ -6,9 +6,13 @@ use std::fs::File;
 use hutch_proto::{
     Captured, JobId, JobResult, LimitHit, Outputs, Reason, Status, StepResult, Timeline, Timestamp, Usage,
 };
+use serde::{Deserialize, Serialize};
 
 use crate::collect::CommittedLayer;
-use crate::engine::Remains;
+use crate::engine;
+use crate::link::TakeDown;
+use crate::observe::Stream;
+use crate::refusal::Refusal;
 
 /// How one job ended.
 #[derive(Debug)]
@@ -51,8 +55,18 @@ pub struct Report {
     pub remains: Option<Remains>,
 }
 
+/// What is left of a job's sandboxes when its answer is there. Dropping it takes them down, or has the engine do so; it
+/// may block: drop it after answering, and before the slot runs its next job.
+#[derive(Debug)]
+pub enum Remains {
+    /// Of an engine in this process.
+    Here(Box<engine::Remains>),
+    /// Of an engine in another.
+    There(TakeDown),
+}
+
 /// How long each part of a job took, in microseconds.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Durations {
     /// From the engine's start to the first program's.
     pub setup_us: u64,
@@ -80,6 +94,30 @@ pub struct JobFacts {
 }
 
 impl Report {
+    /// The report on a job that never came to a sandbox.
+    pub(crate) fn without_run(refusal: Refusal) -> Self {
+        Self {
+            status: refusal.reason.status(),
+            reason: Some(refusal.reason),
+            message: refusal.message,
+            limit: refusal.limit,
+            exit_code: None,
+            signal: None,
+            refused_syscalls: Vec::new(),
+            stdout: Captured::default(),
+            stderr: Captured::default(),
+            usage: Usage::default(),
+            outputs: Outputs::default(),
+            archive: None,
+            layer: None,
+            steps: Vec::new(),
+            started_at: None,
+            finished_at: Timestamp::now(),
+            durations: Durations::default(),
+            remains: None,
+        }
+    }
+
     /// The job's result.
     #[must_use]
     pub fn into_result(self, facts: JobFacts) -> JobResult {
@@ -118,4 +156,19 @@ impl Report {
             labels: facts.labels,
         }
     }
+}
+
+/// What all steps wrote to one stream, one after another.
+pub(crate) fn concatenated(steps: &[StepResult], stream: Stream) -> Captured {
+    let mut all = Captured::default();
+    for step in steps {
+        let one = match stream {
+            Stream::Stdout => &step.stdout,
+            Stream::Stderr => &step.stderr,
+        };
+        all.data.extend_from_slice(&one.data);
+        all.bytes += one.bytes;
+        all.truncated |= one.truncated;
+    }
+    all
 }

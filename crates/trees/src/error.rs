@@ -37,6 +37,9 @@ pub enum UnpackError {
         /// The digest of what came.
         found: Digest,
     },
+    /// Another process says so of the layer.
+    #[error("{0}")]
+    Told(String),
     /// This host could not do it; another try may do better.
     #[error("cannot {operation}: {source}")]
     Host {

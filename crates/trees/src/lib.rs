@@ -8,6 +8,7 @@
 //! carries an extended attribute (Documentation/filesystems/overlayfs.rst; the tar's side is the OCI image
 //! specification, layer.md).
 
+mod access;
 mod entry;
 mod error;
 mod root;
@@ -15,6 +16,7 @@ mod store;
 mod stream;
 mod unpack;
 
+pub use access::{CappedTrees, Listed, Trees};
 pub use error::UnpackError;
 pub use store::{InUse, LayerFacts, TreeStore};
 pub use stream::decompressed;

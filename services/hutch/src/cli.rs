@@ -434,13 +434,6 @@ fn time(text: &str) -> Result<Millis, String> {
     text.parse()
 }
 
-impl Command {
-    /// Whether this command runs sandboxes, and so needs the launcher.
-    pub(crate) fn runs_sandboxes(&self) -> bool {
-        matches!(self, Self::Run(_) | Self::Up(_) | Self::Worker(_) | Self::Doctor(_))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;

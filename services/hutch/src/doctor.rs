@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cli::DoctorArgs;
 use crate::settings::{self, Flags, Settings};
-use crate::{engine, exit, queue, term, verdict};
+use crate::{engine, exit, privileges, queue, term, verdict};
 
 /// The least room that the data directory should have.
 const ROOM: u64 = 1 << 30;
@@ -60,15 +60,14 @@ impl Finding {
 pub(crate) async fn doctor(
     args: DoctorArgs,
     config: Option<&Path>,
-    launcher: Result<Option<Launcher>, EngineError>,
+    launcher: Result<Launcher, EngineError>,
 ) -> anyhow::Result<ExitCode> {
     let data_dir = args.data_dir.as_ref().map(|path| path.display().to_string());
     let flags = Flags::default().set("data_dir", "--data", data_dir);
     let settings = settings::load(config, &flags)?.settings;
     let mut findings = vec![kernel(), user(), core_pattern(), data(&settings)];
     findings.push(match launcher {
-        Ok(Some(launcher)) => sandbox(&settings, launcher).await,
-        Ok(None) => Finding::bad("sandbox", Grade::Failure, "the launcher was not started", SANDBOX_REMEDY),
+        Ok(launcher) => sandbox(&settings, launcher).await,
         Err(error) => Finding::bad("sandbox", Grade::Failure, error.to_string(), SANDBOX_REMEDY),
     });
     let failed = findings.iter().any(|finding| finding.grade == Grade::Failure);
@@ -143,7 +142,19 @@ fn core_pattern_of(pattern: &str) -> Finding {
 
 fn user() -> Finding {
     let id = nix::unistd::geteuid();
-    Finding::ok("user", if id.is_root() { "root".to_owned() } else { format!("uid {id}, without root") })
+    match privileges::service_user() {
+        Some(user) => {
+            let name = if user.named { "the user hutch, " } else { "" };
+            Finding::ok("user", format!("root; services go on as {name}uid {}, without privileges", user.uid))
+        }
+        None if id.is_root() => Finding::bad(
+            "user",
+            Grade::Warning,
+            "root; services cannot go on as another user, since there is none in this user namespace",
+            "map a range of ids into it (newuidmap, or a container with a range)",
+        ),
+        None => Finding::ok("user", format!("uid {id}, without root")),
+    }
 }
 
 fn data(settings: &Settings) -> Finding {
@@ -182,9 +193,8 @@ fn data(settings: &Settings) -> Finding {
 /// Runs a job that does nothing.
 async fn sandbox(settings: &Settings, launcher: Launcher) -> Finding {
     let failed = |found: String| Finding::bad("sandbox", Grade::Failure, found, SANDBOX_REMEDY);
-    let started = queue::store(settings)
-        .and_then(|blobs| queue::layers(settings, &blobs))
-        .and_then(|layers| engine::alone(settings, &layers))
+    let started = queue::trees(settings)
+        .and_then(|trees| engine::alone(settings, trees))
         .and_then(|config| Ok(Engine::new(launcher, config)?));
     let engine = match started {
         Ok(engine) => engine,

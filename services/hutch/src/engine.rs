@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use hutch_layers::Layers;
+use hutch_layers::CappedTrees;
 use hutch_sandbox::EngineConfig;
 
 use crate::settings::Settings;
 
 /// The engine of a worker, and the layers that its jobs may stack.
-pub(crate) fn shared(settings: &Settings, layers: &Layers) -> anyhow::Result<EngineConfig> {
+pub(crate) fn shared(settings: &Settings, trees: CappedTrees) -> anyhow::Result<EngineConfig> {
     let worker = &settings.worker;
     Ok(EngineConfig {
         slots: worker.slots,
@@ -17,7 +17,7 @@ pub(crate) fn shared(settings: &Settings, layers: &Layers) -> anyhow::Result<Eng
         layer_dirs: worker.layer_dirs.clone(),
         limits: settings.limits()?,
         seccomp: worker.seccomp,
-        trees: Some(layers.trees().clone()),
+        trees: Some(trees),
         scratch_memory_bytes: worker.scratch_memory_bytes.0,
         max_output_files: worker.max_output_files,
         max_archive_bytes: worker.max_archive_bytes.0,
@@ -27,12 +27,12 @@ pub(crate) fn shared(settings: &Settings, layers: &Layers) -> anyhow::Result<Eng
 }
 
 /// The engine of `hutch run`: the caller may use whatever the caller can read.
-pub(crate) fn alone(settings: &Settings, layers: &Layers) -> anyhow::Result<EngineConfig> {
+pub(crate) fn alone(settings: &Settings, trees: CappedTrees) -> anyhow::Result<EngineConfig> {
     Ok(EngineConfig {
         slots: 1,
         allow_host_layer: true,
         allowed_host_paths: vec![PathBuf::from("/")],
         layer_dirs: vec![PathBuf::from("/")],
-        ..shared(settings, layers)?
+        ..shared(settings, trees)?
     })
 }

@@ -4,44 +4,68 @@
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, anyhow, bail};
-use hutch_layers::{ImageName, Imported, LayerRecord, Layers, StoreError};
+use hutch_layers::{ImageName, Imported, LayerRecord, Layers, StoreError, TreeStore};
 use hutch_proto::Digest;
 use serde_json::json;
 
-use crate::cli::{LayerCommand, LayerStoreArgs};
+use crate::cli::LayerCommand;
+use crate::privileges::Homes;
 use crate::settings::{self, Flags, Settings};
 use crate::term::Waiting;
 use crate::{exit, queue, term, verdict};
 
-/// Does what the command says.
-pub(crate) async fn layer(command: LayerCommand, config: Option<&Path>) -> anyhow::Result<ExitCode> {
-    match command {
-        LayerCommand::Import { path, name, store } => {
-            let (_, layers) = open(&store, config)?;
-            import(&layers, &path, name.as_deref(), store.json).await
-        }
-        LayerCommand::Pull { image, store } => {
-            let (settings, layers) = open(&store, config)?;
-            pull(&settings, &layers, &image, store.json).await
-        }
-        LayerCommand::List { store } => list(&open(&store, config)?.1, store.json).await,
-        LayerCommand::Remove { names, store } => remove(&open(&store, config)?.1, &names).await,
-        LayerCommand::Gc { older_than, max_bytes, store } => {
-            let most = max_bytes.map_or(u64::MAX, |size| size.as_u64());
-            gc(&open(&store, config)?.1, *older_than, most, store.json)
-        }
-    }
+/// The store that a command works on, made ready while there is one thread.
+pub(crate) struct Shelf {
+    settings: Settings,
+    homes: Homes,
 }
 
-fn open(store: &LayerStoreArgs, config: Option<&Path>) -> anyhow::Result<(Settings, Layers)> {
+/// Makes it ready.
+pub(crate) fn ready(command: &LayerCommand, config: Option<&Path>) -> anyhow::Result<Shelf> {
+    let (LayerCommand::Import { store, .. }
+    | LayerCommand::Pull { store, .. }
+    | LayerCommand::List { store }
+    | LayerCommand::Remove { store, .. }
+    | LayerCommand::Gc { store, .. }) = command;
     let data = store.data_dir.as_ref().map(|path| path.display().to_string());
     let settings = settings::load(config, &Flags::default().set("data_dir", "--data", data))?.settings;
-    let blobs = queue::store(&settings)?;
-    let layers = queue::layers(&settings, &blobs)?;
-    Ok((settings, layers))
+    let homes = Homes::of_command(&settings.data_dir, settings.store_directory())?;
+    Ok(Shelf { settings, homes })
+}
+
+/// Does what the command says.
+pub(crate) async fn layer(command: LayerCommand, shelf: anyhow::Result<Shelf>) -> anyhow::Result<ExitCode> {
+    let Shelf { settings, homes } = shelf?;
+    let blobs = queue::store(&settings, &homes)?;
+    let trees = queue::trees(&settings)?;
+    let layers = queue::layers(&blobs, Arc::new(trees.clone()), queue::registries_for_jobs(&settings)?);
+    let done = perform(command, &settings, &layers, &trees.store).await;
+    homes.give_back();
+    done
+}
+
+async fn perform(
+    command: LayerCommand,
+    settings: &Settings,
+    layers: &Layers,
+    trees: &TreeStore,
+) -> anyhow::Result<ExitCode> {
+    match command {
+        LayerCommand::Import { path, name, store } => {
+            import(layers, &path, name.as_deref(), store.json).await
+        }
+        LayerCommand::Pull { image, store } => pull(settings, layers, &image, store.json).await,
+        LayerCommand::List { store } => list(layers, store.json).await,
+        LayerCommand::Remove { names, .. } => remove(layers, trees, &names).await,
+        LayerCommand::Gc { older_than, max_bytes, store } => {
+            let most = max_bytes.map_or(u64::MAX, |size| size.as_u64());
+            gc(trees, *older_than, most, store.json)
+        }
+    }
 }
 
 fn name_of(text: &str) -> anyhow::Result<ImageName> {
@@ -131,11 +155,11 @@ async fn list(layers: &Layers, as_json: bool) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn remove(layers: &Layers, names: &[String]) -> anyhow::Result<ExitCode> {
+async fn remove(layers: &Layers, trees: &TreeStore, names: &[String]) -> anyhow::Result<ExitCode> {
     let mut missing = false;
     for name in names {
         if let Ok(digest) = name.parse::<Digest>() {
-            missing |= !remove_layer(layers, &digest).await?;
+            missing |= !remove_layer(layers, trees, &digest).await?;
             continue;
         }
         let image = name_of(name)?;
@@ -150,15 +174,15 @@ async fn remove(layers: &Layers, names: &[String]) -> anyhow::Result<ExitCode> {
 }
 
 /// Removes a layer that no image has; whether it was there.
-async fn remove_layer(layers: &Layers, digest: &Digest) -> anyhow::Result<bool> {
+async fn remove_layer(layers: &Layers, trees: &TreeStore, digest: &Digest) -> anyhow::Result<bool> {
     let images = layers.catalog().images().await.map_err(full)?;
     if let Some(image) = images.iter().find(|image| image.layers.contains(digest)) {
         bail!("the image {} has the layer {digest}: remove the image first", image.name);
     }
     let known = layers.catalog().layer(digest).await.map_err(full)?.is_some();
     layers.catalog().forget_layer(digest).await.map_err(full)?;
-    let unpacked = layers.trees().facts(digest).is_some();
-    if unpacked && !layers.trees().remove(digest).context("the layer cannot be removed")? {
+    let unpacked = trees.facts(digest).is_some();
+    if unpacked && !trees.remove(digest).context("the layer cannot be removed")? {
         bail!("a running job uses the layer {digest}");
     }
     if !known && !unpacked {
@@ -168,8 +192,8 @@ async fn remove_layer(layers: &Layers, digest: &Digest) -> anyhow::Result<bool> 
 }
 
 /// Removes unpacked layers, the longest unused first; what running jobs use stays.
-fn gc(layers: &Layers, older_than: Duration, most: u64, as_json: bool) -> anyhow::Result<ExitCode> {
-    let mut kept = layers.trees().list().context("the layers cannot be listed")?;
+fn gc(trees: &TreeStore, older_than: Duration, most: u64, as_json: bool) -> anyhow::Result<ExitCode> {
+    let mut kept = trees.list().context("the layers cannot be listed")?;
     kept.sort_by_key(|(_, _, used)| *used);
     let mut bytes: u64 = kept.iter().map(|(_, facts, _)| facts.bytes).sum();
     let now = SystemTime::now();
@@ -179,7 +203,7 @@ fn gc(layers: &Layers, older_than: Duration, most: u64, as_json: bool) -> anyhow
         if age < older_than && bytes <= most {
             continue;
         }
-        if layers.trees().remove(&digest).context("a layer cannot be removed")? {
+        if trees.remove(&digest).context("a layer cannot be removed")? {
             bytes -= facts.bytes;
             freed += facts.bytes;
             removed += 1;

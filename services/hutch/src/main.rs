@@ -1,7 +1,8 @@
 //! `hutch`: one binary for everything.
 //!
 //! 1. The command line is read.
-//! 2. A command that runs sandboxes forks the launcher, while this process still has one thread.
+//! 2. While this process still has one thread: a command that runs sandboxes forks the launcher; a service reads its
+//!    settings, opens its port, has the engine's process forked, and gives up its privileges.
 //! 3. Logging and the runtime start, and the command does its work.
 
 mod cli;
@@ -13,7 +14,9 @@ mod exit;
 mod layer;
 mod logging;
 mod order;
+mod privileges;
 mod queue;
+mod ready;
 mod remote;
 mod run;
 mod services;
@@ -27,12 +30,14 @@ mod up;
 mod verdict;
 mod volume;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 use hutch_sandbox::{EngineError, Launcher};
 
 use cli::{Cli, Command, ConfigCommand};
+use ready::Ready;
 use settings::Flags;
 
 /// The whole of the program: what `main` is.
@@ -40,11 +45,12 @@ use settings::Flags;
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let on_error = exit::on_error(&cli.command);
-    let launcher = cli.command.runs_sandboxes().then(Launcher::fork).transpose();
+    let config = cli.config.clone();
+    let begun = Begun::of(&cli.command, config.as_deref());
     logging::start();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let done = runtime.map_err(anyhow::Error::new).and_then(|runtime| {
-        let done = runtime.block_on(dispatch(cli, launcher));
+        let done = runtime.block_on(dispatch(cli, begun));
         // What still blocks (a read of stdin, say) is not waited for.
         runtime.shutdown_background();
         done
@@ -52,23 +58,67 @@ pub fn main() -> ExitCode {
     done.unwrap_or_else(|error| term::fail(&error, on_error))
 }
 
+/// What a command began with, while there was one thread.
+enum Begun {
+    /// Nothing.
+    Bare,
+    /// The launcher of the doctor.
+    Doctor(Result<Launcher, EngineError>),
+    /// What `run` needs.
+    Run(anyhow::Result<Box<run::Bench>>),
+    /// The store that `layer` works on.
+    Layer(anyhow::Result<Box<layer::Shelf>>),
+    /// A service without its privileges.
+    Service(anyhow::Result<Box<Ready>>),
+}
+
+impl Begun {
+    fn of(command: &Command, config: Option<&Path>) -> Self {
+        let service = match command {
+            Command::Doctor(_) => return Self::Doctor(Launcher::fork()),
+            Command::Run(args) => return Self::Run(run::ready(args, config).map(Box::new)),
+            Command::Layer(command) => return Self::Layer(layer::ready(command, config).map(Box::new)),
+            Command::Up(args) => up::ready(args, config),
+            Command::Worker(args) => services::worker_ready(args, config),
+            Command::Gateway(args) => services::gateway_ready(args, config),
+            _ => return Self::Bare,
+        };
+        Self::Service(service.map(Box::new))
+    }
+}
+
 /// Does the command's work. That there is no launcher ends all that need one but the doctor, who says why.
-async fn dispatch(cli: Cli, launcher: Result<Option<Launcher>, EngineError>) -> anyhow::Result<ExitCode> {
+async fn dispatch(cli: Cli, begun: Begun) -> anyhow::Result<ExitCode> {
     let config = cli.config.as_deref();
-    match cli.command {
-        Command::Run(args) => run::run(*args, config, launcher?).await,
-        Command::Up(args) => up::up(args, config, launcher?).await,
-        Command::Worker(args) => services::worker(args, config, launcher?).await,
-        Command::Gateway(args) => services::gateway(args, config).await,
+    match (cli.command, begun) {
+        (Command::Run(args), Begun::Run(bench)) => run::run(*args, bench.map(|bench| *bench)).await,
+        (Command::Up(args), Begun::Service(ready)) => up::up(args, *ready?).await,
+        (Command::Worker(_), Begun::Service(ready)) => services::worker(*ready?).await,
+        (Command::Gateway(_), Begun::Service(ready)) => services::gateway(*ready?).await,
+        (Command::Layer(command), Begun::Layer(shelf)) => {
+            layer::layer(command, shelf.map(|shelf| *shelf)).await
+        }
+        (Command::Doctor(args), Begun::Doctor(launcher)) => doctor::doctor(args, config, launcher).await,
+        (command, _) => perform(command, config).await,
+    }
+}
+
+/// The work of a command that begins with nothing.
+async fn perform(command: Command, config: Option<&Path>) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Run(_)
+        | Command::Up(_)
+        | Command::Worker(_)
+        | Command::Gateway(_)
+        | Command::Layer(_)
+        | Command::Doctor(_) => anyhow::bail!("this command was not made ready"),
         Command::Submit(args) => remote::submit(args).await,
         Command::Status(args) => remote::status(args).await,
         Command::Logs(args) => remote::logs(args).await,
         Command::Cancel(args) => remote::cancel(args).await,
         Command::Exec(args) => Ok(remote::exec(&args)),
         Command::Outputs(args) => remote::outputs(args).await,
-        Command::Layer(command) => layer::layer(command, config).await,
         Command::Volume(command) => volume::volume(command, config),
-        Command::Doctor(args) => doctor::doctor(args, config, launcher).await,
         Command::Spec(command) => spec::spec(command),
         Command::Config(ConfigCommand::Show) => {
             term::text(settings::show(&settings::load(config, &Flags::default())?));

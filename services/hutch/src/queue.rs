@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use hutch_layers::{BlobStore, Caps, Layers, Registries};
+use hutch_layers::{BlobStore, CappedTrees, Caps, Layers, Registries, Trees, open_trees};
 use hutch_queue::Queue;
 use hutch_queue::embedded::{EmbeddedOptions, EmbeddedQueue};
 use hutch_queue::rabbitmq::{RabbitConfig, RabbitQueue};
 
+use crate::privileges::Homes;
 use crate::settings::Settings;
 use crate::term::Waiting;
 
@@ -27,19 +28,36 @@ pub(crate) fn data_dir(settings: &Settings) -> anyhow::Result<PathBuf> {
     Ok(directory)
 }
 
-/// The store for blobs.
-pub(crate) fn store(settings: &Settings) -> anyhow::Result<BlobStore> {
-    data_dir(settings)?;
-    BlobStore::open(&settings.store_url()).map_err(|error| anyhow!(error.full()))
+/// A service's store for blobs.
+pub(crate) fn store(settings: &Settings, homes: &Homes) -> anyhow::Result<BlobStore> {
+    let url = match (&homes.store, &settings.store.url) {
+        (Some(directory), _) => format!("file://{}", directory.display()),
+        (None, Some(url)) => url.clone(),
+        (None, None) => format!("file://{}", homes.service.display()),
+    };
+    BlobStore::open(&url).map_err(|error| anyhow!(error.full()))
 }
 
-/// The layers that jobs stack: recorded in the store, unpacked below the data directory.
-pub(crate) fn layers(settings: &Settings, blobs: &BlobStore) -> anyhow::Result<Layers> {
+/// The layers that are unpacked below the data directory.
+pub(crate) fn trees(settings: &Settings) -> anyhow::Result<CappedTrees> {
     let worker = &settings.worker;
     let caps = Caps { bytes: worker.max_layer_bytes.0, entries: worker.max_layer_entries };
-    let layers = Layers::open(blobs.clone(), &data_dir(settings)?.join("trees"), caps)
-        .map_err(|error| anyhow!(error.full()))?;
-    Ok(if worker.pull_images { layers.with_registries(registries(settings)?) } else { layers })
+    let store = open_trees(&data_dir(settings)?.join("trees")).map_err(|error| anyhow!(error.full()))?;
+    Ok(CappedTrees { store, caps })
+}
+
+/// The layers that jobs stack: recorded in the store, unpacked by these, and pulled from registries if they are given.
+pub(crate) fn layers(blobs: &BlobStore, trees: Arc<dyn Trees>, registries: Option<Registries>) -> Layers {
+    let layers = Layers::new(blobs.clone(), trees);
+    match registries {
+        Some(registries) => layers.with_registries(registries),
+        None => layers,
+    }
+}
+
+/// The registries that workers may pull from, if they may.
+pub(crate) fn registries_for_jobs(settings: &Settings) -> anyhow::Result<Option<Registries>> {
+    settings.worker.pull_images.then(|| registries(settings)).transpose()
 }
 
 /// How registries are spoken to: with the logins of the Docker config file that the settings name.
@@ -61,15 +79,21 @@ pub(crate) enum For {
 }
 
 /// The queue: the broker's, or the embedded one.
-pub(crate) async fn open(settings: &Settings, blobs: &BlobStore, who: For) -> anyhow::Result<Arc<dyn Queue>> {
+pub(crate) async fn open(
+    settings: &Settings,
+    homes: &Homes,
+    blobs: &BlobStore,
+    who: For,
+) -> anyhow::Result<Arc<dyn Queue>> {
     match &settings.broker.url {
-        Some(url) => rabbit(settings, url, blobs, who).await,
-        None => embedded(settings).await,
+        Some(url) => rabbit(settings, homes, url, blobs, who).await,
+        None => embedded(homes).await,
     }
 }
 
 async fn rabbit(
     settings: &Settings,
+    homes: &Homes,
     url: &str,
     blobs: &BlobStore,
     who: For,
@@ -82,7 +106,7 @@ async fn rabbit(
     }
     let config = RabbitConfig {
         index: match who {
-            For::Gateway => Some(data_dir(settings)?.join("index.db")),
+            For::Gateway => Some(homes.service.join("index.db")),
             For::Worker => None,
         },
         name: match who {
@@ -104,9 +128,9 @@ async fn rabbit(
     Ok(Arc::new(queue))
 }
 
-/// The embedded queue, in a file of the data directory.
-pub(crate) async fn embedded(settings: &Settings) -> anyhow::Result<Arc<dyn Queue>> {
-    let file = data_dir(settings)?.join("queue.db");
+/// The embedded queue, in a file of the service's own directory.
+pub(crate) async fn embedded(homes: &Homes) -> anyhow::Result<Arc<dyn Queue>> {
+    let file = homes.service.join("queue.db");
     let queue = tokio::task::spawn_blocking(move || EmbeddedQueue::open(&file, EmbeddedOptions::default()))
         .await
         .context("the embedded queue cannot be opened")??;

@@ -6,7 +6,7 @@
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
 use anyhow::{Context, bail};
@@ -17,27 +17,38 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cli::RunArgs;
 use crate::console::Console;
+use crate::privileges::Homes;
 use crate::settings::{self, Flags, Settings};
 use crate::{engine, exit, order, queue, signals, term, unpack, verdict};
 
+/// What a job is run with, made while there is one thread.
+pub(crate) struct Bench {
+    settings: Settings,
+    homes: Homes,
+    launcher: Launcher,
+}
+
+/// Makes it ready.
+pub(crate) fn ready(args: &RunArgs, config: Option<&Path>) -> anyhow::Result<Bench> {
+    let launcher = Launcher::fork();
+    let data_dir = args.data_dir.as_ref().map(|path| path.display().to_string());
+    let settings = settings::load(config, &Flags::default().set("data_dir", "--data", data_dir))?.settings;
+    let homes = Homes::of_command(&settings.data_dir, settings.store_directory())?;
+    Ok(Bench { settings, homes, launcher: launcher? })
+}
+
 /// Runs the job that these arguments describe.
-pub(crate) async fn run(
-    args: RunArgs,
-    config: Option<&Path>,
-    launcher: Option<Launcher>,
-) -> anyhow::Result<ExitCode> {
-    let flags = Flags::default().set(
-        "data_dir",
-        "--data",
-        args.data_dir.as_ref().map(|path| path.display().to_string()),
-    );
-    let settings = settings::load(config, &flags)?.settings;
+pub(crate) async fn run(args: RunArgs, bench: anyhow::Result<Bench>) -> anyhow::Result<ExitCode> {
+    let Bench { settings, homes, launcher } = bench?;
     let job = order::job(&args)?;
-    let launcher = launcher.context("the launcher was not started")?;
-    let blobs = BlobStore::open(&settings.store_url()).map_err(|error| anyhow::anyhow!(error.full()))?;
-    let layers = queue::layers(&settings, &blobs)?;
-    let engine = Engine::new(launcher, engine::alone(&settings, &layers)?)?;
-    let result = Run { settings: &settings, args: &args, layers }.job(&engine, job).await?;
+    let blobs = queue::store(&settings, &homes)?;
+    let trees = queue::trees(&settings)?;
+    let registries = queue::registries_for_jobs(&settings)?;
+    let layers = queue::layers(&blobs, Arc::new(trees.clone()), registries);
+    let engine = Engine::new(launcher, engine::alone(&settings, trees)?)?;
+    let result = Run { settings: &settings, args: &args, blobs, layers }.job(&engine, job).await;
+    homes.give_back();
+    let result = result?;
     conclude(&args, &result)
 }
 
@@ -67,6 +78,7 @@ fn conclude(args: &RunArgs, result: &JobResult) -> anyhow::Result<ExitCode> {
 struct Run<'a> {
     settings: &'a Settings,
     args: &'a RunArgs,
+    blobs: BlobStore,
     layers: Layers,
 }
 
@@ -74,7 +86,7 @@ impl Run<'_> {
     async fn job(&self, engine: &Engine, mut job: JobSpec) -> anyhow::Result<JobResult> {
         let most = self.settings.worker.max_input_bytes.0;
         if names_blobs(&job) {
-            hutch_worker::resolve_inputs(&mut job, &self.blobs()?, most).await?;
+            hutch_worker::resolve_inputs(&mut job, &self.blobs, most).await?;
         }
         if let Err(error) = self.layers.resolve(&mut job).await {
             return unstacked(&job, error);
@@ -124,10 +136,7 @@ impl Run<'_> {
             }
         }
         if self.args.json {
-            self.blobs()?
-                .put_file(file, &archive.blob)
-                .await
-                .map_err(|error| anyhow::anyhow!(error.full()))?;
+            self.blobs.put_file(file, &archive.blob).await.map_err(|error| anyhow::anyhow!(error.full()))?;
         }
         Ok(())
     }
@@ -137,10 +146,6 @@ impl Run<'_> {
         let Some(layer) = report.layer.take() else { return Ok(()) };
         let record = LayerRecord { diff_id: layer.diff_id, blob: layer.blob, bytes: layer.bytes };
         self.layers.commit(id, &record, layer.file).await.map_err(|error| anyhow::anyhow!(error.full()))
-    }
-
-    fn blobs(&self) -> anyhow::Result<BlobStore> {
-        BlobStore::open(&self.settings.store_url()).map_err(|error| anyhow::anyhow!(error.full()))
     }
 }
 

@@ -8,17 +8,18 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use hutch_gateway::{Gateway, GatewayConfig, Tokens};
-use hutch_layers::BlobStore;
+use hutch_layers::{BlobStore, Registries};
 use hutch_queue::Queue;
-use hutch_sandbox::{Engine, Launcher};
 use hutch_worker::{Worker, WorkerConfig};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::{GatewayArgs, QueueArgs, ServeArgs, SlotArgs, WorkerArgs};
+use crate::privileges::Homes;
 use crate::queue::For;
+use crate::ready::{EngineSeat, Ready, RunsJobs};
 use crate::settings::{self, Flags, Settings};
-use crate::{engine, queue, signals, term};
+use crate::{queue, signals, term};
 
 /// Where a gateway listens when nothing is set.
 pub(crate) const GATEWAY_ADDRESS: &str = "127.0.0.1:7070";
@@ -40,18 +41,21 @@ pub(crate) fn slot_flags(flags: Flags, slots: &SlotArgs) -> Flags {
     flags.set("worker.slots", "--slots", slots.slots).set_list("worker.queues", "--queue", &slots.queues)
 }
 
-/// `hutch worker`.
-pub(crate) async fn worker(
-    args: WorkerArgs,
-    config: Option<&Path>,
-    launcher: Option<Launcher>,
-) -> anyhow::Result<ExitCode> {
+/// A worker made ready.
+pub(crate) fn worker_ready(args: &WorkerArgs, config: Option<&Path>) -> anyhow::Result<Ready> {
     let flags = slot_flags(queue_flags(flags(&args.serve), &args.queue), &args.slots);
     let settings = settings::load(config, &flags)?.settings;
-    let listener = listen(&settings, WORKER_ADDRESS).await?;
-    let blobs = queue::store(&settings)?;
-    let queue = queue::open(&settings, &blobs, For::Worker).await?;
-    let worker = build_worker(&settings, launcher, Arc::clone(&queue), blobs)?;
+    let listener = listen(&settings, WORKER_ADDRESS)?;
+    Ready::separated(settings, listener, None, RunsJobs::Yes)
+}
+
+/// `hutch worker`.
+pub(crate) async fn worker(ready: Ready) -> anyhow::Result<ExitCode> {
+    let Ready { settings, homes, listener, engine, registries, .. } = ready;
+    let listener = TcpListener::from_std(listener)?;
+    let blobs = queue::store(&settings, &homes)?;
+    let queue = queue::open(&settings, &homes, &blobs, For::Worker).await?;
+    let worker = build_worker(&settings, &homes, engine, registries, Arc::clone(&queue), blobs)?;
     let drain = worker.drain();
     let signals = signals::drain_on_end(drain.clone());
     term::note(format!(
@@ -70,14 +74,22 @@ pub(crate) async fn worker(
     ended.map(|()| ExitCode::SUCCESS).map_err(anyhow::Error::new)
 }
 
-/// `hutch gateway`.
-pub(crate) async fn gateway(args: GatewayArgs, config: Option<&Path>) -> anyhow::Result<ExitCode> {
+/// A gateway made ready.
+pub(crate) fn gateway_ready(args: &GatewayArgs, config: Option<&Path>) -> anyhow::Result<Ready> {
     let tokens = args.tokens_file.as_ref().map(|path| path.display().to_string());
     let flags =
         queue_flags(flags(&args.serve), &args.queue).set("gateway.tokens_file", "--tokens-file", tokens);
     let settings = settings::load(config, &flags)?.settings;
     let gateway_config = gateway_config(&settings)?;
-    let listener = listen_for_jobs(&settings, &gateway_config).await?;
+    let listener = listen_for_jobs(&settings, &gateway_config)?;
+    Ready::separated(settings, listener, Some(gateway_config), RunsJobs::No)
+}
+
+/// `hutch gateway`.
+pub(crate) async fn gateway(ready: Ready) -> anyhow::Result<ExitCode> {
+    let Ready { settings, homes, listener, gateway, .. } = ready;
+    let gateway_config = gateway.unwrap_or_default();
+    let listener = TcpListener::from_std(listener)?;
     if settings.broker.url.is_none() {
         // One process owns the file of the embedded queue: no worker can share it.
         term::note(
@@ -85,8 +97,8 @@ pub(crate) async fn gateway(args: GatewayArgs, config: Option<&Path>) -> anyhow:
              start `hutch up` for both in one process, or give gateway and workers the same --broker URL",
         );
     }
-    let blobs = queue::store(&settings)?;
-    let queue = queue::open(&settings, &blobs, For::Gateway).await?;
+    let blobs = queue::store(&settings, &homes)?;
+    let queue = queue::open(&settings, &homes, &blobs, For::Gateway).await?;
     let closing = CancellationToken::new();
     let signals = signals::cancel_on_end(closing.clone());
     let gateway = Arc::new(Gateway::new(Arc::clone(&queue), blobs, gateway_config, closing)?);
@@ -98,16 +110,18 @@ pub(crate) async fn gateway(args: GatewayArgs, config: Option<&Path>) -> anyhow:
     served.map(|()| ExitCode::SUCCESS).map_err(anyhow::Error::new)
 }
 
-/// A worker with an engine of its own.
+/// A worker with its engine, wherever that is.
 pub(crate) fn build_worker(
     settings: &Settings,
-    launcher: Option<Launcher>,
+    homes: &Homes,
+    engine: Option<EngineSeat>,
+    registries: Option<Registries>,
     queue: Arc<dyn Queue>,
     blobs: BlobStore,
 ) -> anyhow::Result<Arc<Worker>> {
-    let launcher = launcher.context("the launcher was not started")?;
-    let layers = queue::layers(settings, &blobs)?;
-    let engine = Engine::new(launcher, engine::shared(settings, &layers)?)?;
+    let engine = engine.context("no engine was started")?.start()?;
+    let trees = engine.trees().context("the engine has no layers")?;
+    let layers = queue::layers(&blobs, trees, registries);
     let own = &settings.worker;
     let config = WorkerConfig {
         queues: own.queues.clone(),
@@ -117,7 +131,7 @@ pub(crate) fn build_worker(
         metric_labels: own.metric_labels.clone(),
         max_input_bytes: own.max_input_bytes.0,
         store_patience: Duration::from_millis(own.store_patience.0),
-        ..WorkerConfig::new(own.name.clone(), queue::data_dir(settings)?)
+        ..WorkerConfig::new(own.name.clone(), homes.service.clone())
     };
     Ok(Arc::new(Worker::new(engine, queue, blobs, layers, config)?))
 }
@@ -132,10 +146,10 @@ pub(crate) fn gateway_config(settings: &Settings) -> anyhow::Result<GatewayConfi
     })
 }
 
-/// A listener for what the settings say.
-async fn listen(settings: &Settings, default: &str) -> anyhow::Result<TcpListener> {
+/// A listener for what the settings say; opened while the port may be one of the first 1024.
+fn listen(settings: &Settings, default: &str) -> anyhow::Result<std::net::TcpListener> {
     let address = settings.listen.as_deref().unwrap_or(default);
-    TcpListener::bind(address).await.map_err(|error| match error.kind() {
+    let listener = std::net::TcpListener::bind(address).map_err(|error| match error.kind() {
         std::io::ErrorKind::AddrInUse => {
             anyhow!("{address} is taken by another program: choose another address with --listen ADDR")
         }
@@ -143,15 +157,17 @@ async fn listen(settings: &Settings, default: &str) -> anyhow::Result<TcpListene
             anyhow!("`{address}` is no address: one such as {default} is expected")
         }
         _ => anyhow::Error::new(error).context(format!("cannot listen on {address}")),
-    })
+    })?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
 }
 
 /// A listener through which jobs may come: it is refused where anybody could reach it.
-pub(crate) async fn listen_for_jobs(
+pub(crate) fn listen_for_jobs(
     settings: &Settings,
     config: &GatewayConfig,
-) -> anyhow::Result<TcpListener> {
-    let listener = listen(settings, GATEWAY_ADDRESS).await?;
+) -> anyhow::Result<std::net::TcpListener> {
+    let listener = listen(settings, GATEWAY_ADDRESS)?;
     let address: SocketAddr = listener.local_addr()?;
     Gateway::check_exposure(address, config.tokens.as_ref())?;
     Ok(listener)

@@ -9,19 +9,16 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use hutch_gateway::{Gateway, GatewayConfig};
-use hutch_sandbox::Launcher;
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::UpArgs;
+use crate::ready::{Ready, RunsJobs};
 use crate::services::{build_worker, flags, gateway_config, listen_for_jobs, slot_flags};
 use crate::{demo, queue, settings, signals, term};
 
-/// Runs everything until it is told to end.
-pub(crate) async fn up(
-    args: UpArgs,
-    config: Option<&Path>,
-    launcher: Option<Launcher>,
-) -> anyhow::Result<ExitCode> {
+/// Everything made ready.
+pub(crate) fn ready(args: &UpArgs, config: Option<&Path>) -> anyhow::Result<Ready> {
     let flags = slot_flags(flags(&args.serve), &args.slots).default_of("worker.allow_host_layer", true);
     let settings = settings::load(config, &flags)?.settings;
     if settings.broker.url.is_some() {
@@ -31,11 +28,19 @@ pub(crate) async fn up(
         );
     }
     let gateway_config = gateway_config(&settings)?;
-    let listener = listen_for_jobs(&settings, &gateway_config).await?;
+    let listener = listen_for_jobs(&settings, &gateway_config)?;
+    Ready::separated(settings, listener, Some(gateway_config), RunsJobs::Yes)
+}
+
+/// Runs everything until it is told to end.
+pub(crate) async fn up(args: UpArgs, ready: Ready) -> anyhow::Result<ExitCode> {
+    let Ready { settings, homes, listener, engine, registries, gateway } = ready;
+    let gateway_config = gateway.unwrap_or_default();
+    let listener = TcpListener::from_std(listener)?;
     let address = listener.local_addr()?;
-    let blobs = queue::store(&settings)?;
-    let queue = queue::embedded(&settings).await?;
-    let worker = build_worker(&settings, launcher, Arc::clone(&queue), blobs.clone())?;
+    let blobs = queue::store(&settings, &homes)?;
+    let queue = queue::embedded(&homes).await?;
+    let worker = build_worker(&settings, &homes, engine, registries, Arc::clone(&queue), blobs.clone())?;
     let closing = CancellationToken::new();
     let gateway_config = GatewayConfig {
         registries: vec![worker.registry().clone()],

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use hutch_layers::{BlobStore, LayerError, LayerRecord, Layers, StoreError};
 use hutch_proto::{Digest, JobId, JobResult, JobSpec, Reason, Status, Timestamp};
 use hutch_queue::Queue;
-use hutch_sandbox::{Engine, JobFacts, Order, Remains, Report};
+use hutch_sandbox::{EngineHandle, JobFacts, Order, Remains, Report};
 use tokio_util::sync::CancellationToken;
 
 use crate::WorkerConfig;
@@ -40,7 +40,7 @@ impl Outcome {
 /// What every attempt of a worker shares.
 #[derive(Clone)]
 pub(crate) struct Means {
-    pub(crate) engine: Engine,
+    pub(crate) engine: EngineHandle,
     pub(crate) queue: Arc<dyn Queue>,
     pub(crate) blobs: BlobStore,
     pub(crate) layers: Layers,

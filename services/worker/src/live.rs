@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use hutch_layers::Layers;
 use hutch_queue::Queue;
-use hutch_sandbox::{Engine, SlotGauges};
+use hutch_sandbox::{EngineHandle, SlotGauges};
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{CounterVec, GaugeVec, IntCounter, IntGauge, Opts};
@@ -17,7 +17,7 @@ use crate::metrics::seconds;
 
 /// Reads the gauges of an engine and the counters of a queue, whenever it is collected.
 pub(crate) struct Live {
-    engine: Engine,
+    engine: EngineHandle,
     queue: Arc<dyn Queue>,
     layers: Layers,
     state: Mutex<State>,
@@ -65,7 +65,11 @@ impl fmt::Debug for Live {
 }
 
 impl Live {
-    pub(crate) fn new(engine: Engine, queue: Arc<dyn Queue>, layers: Layers) -> prometheus::Result<Self> {
+    pub(crate) fn new(
+        engine: EngineHandle,
+        queue: Arc<dyn Queue>,
+        layers: Layers,
+    ) -> prometheus::Result<Self> {
         let slot = &["slot"][..];
         Ok(Self {
             engine,

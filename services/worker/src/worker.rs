@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use hutch_layers::{BlobStore, Layers};
 use hutch_queue::{Queue, QueueError};
-use hutch_sandbox::Engine;
+use hutch_sandbox::EngineHandle;
 use prometheus::Registry;
 use tokio::task::JoinSet;
 
@@ -55,7 +55,7 @@ impl Worker {
     /// # Errors
     /// [`WorkerError::Metrics`] if a label of `metric_labels` cannot be a label of metrics.
     pub fn new(
-        engine: Engine,
+        engine: EngineHandle,
         queue: Arc<dyn Queue>,
         blobs: BlobStore,
         layers: Layers,

@@ -106,9 +106,9 @@ impl Settings {
         limits::policy(&self.worker.default_limits, &self.worker.max_limits)
     }
 
-    /// The address of the store.
-    pub(crate) fn store_url(&self) -> String {
-        self.store.url.clone().unwrap_or_else(|| format!("file://{}", self.data_dir.display()))
+    /// The store's directory, if it is one that is set.
+    pub(crate) fn store_directory(&self) -> Option<&Path> {
+        self.store.url.as_deref().and_then(|url| url.strip_prefix("file://")).map(Path::new)
     }
 }
 

@@ -29,7 +29,7 @@ fn each_layer_beats_the_one_before() {
     assert_eq!(loaded.settings.worker.slots, 4);
     assert_eq!(loaded.settings.worker.queues, ["b", "c"]);
     assert_eq!(loaded.settings.data_dir, PathBuf::from("/srv/h"));
-    assert_eq!(loaded.settings.store_url(), "file:///srv/h");
+    assert_eq!(loaded.settings.store_directory(), None);
     let shown = show(&loaded);
     for (key, from) in [
         ("worker.slots = 4 ", "flag --slots"),
@@ -54,7 +54,7 @@ fn data_is_kept_at_an_absolute_path_whoever_names_it() {
         ("", &[], flag),
     ] {
         let settings = load_text(text, pairs, &flags).expect("loaded").settings;
-        assert_eq!((&settings.data_dir, settings.store_url()), (&here, format!("file://{}", here.display())));
+        assert_eq!((&settings.data_dir, settings.store_directory()), (&here, None));
     }
     assert!(error_of("data_dir = \"\"").contains("data_dir"));
 }
