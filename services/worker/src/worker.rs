@@ -98,6 +98,9 @@ impl Worker {
         if !self.means.queue.connected() {
             return Some("the queue is not connected".to_owned());
         }
+        if !self.means.engine.is_alive() {
+            return Some("the engine is gone: no sandbox can be made any more".to_owned());
+        }
         self.health.not_ready()
     }
 
