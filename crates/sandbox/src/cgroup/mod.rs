@@ -18,6 +18,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use hutch_proto::Limits;
 
@@ -352,10 +353,14 @@ impl Drop for JobCgroup {
     }
 }
 
-/// Removes a group. The last process may be a moment from gone, so it is tried for a while.
+/// How long a group may stay busy after its last process has died.
+const MOST_BUSY: Duration = Duration::from_secs(10);
+
+/// Removes a group. The last process may be a moment from gone, on a busy host a long one, so it is tried for a while.
 fn remove(dir: &Path) {
-    for pause in [0, 1, 5, 20, 100, 500] {
-        std::thread::sleep(std::time::Duration::from_millis(pause));
+    let begun = Instant::now();
+    let mut pause = Duration::from_millis(1);
+    loop {
         match fs::remove_dir(dir) {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -364,6 +369,11 @@ fn remove(dir: &Path) {
             }
             _ => return,
         }
+        if begun.elapsed() > MOST_BUSY {
+            break;
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(200));
     }
     tracing::warn!(dir = %dir.display(), "cgroup still busy, left for the reaper");
 }
