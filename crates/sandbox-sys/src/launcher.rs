@@ -36,6 +36,9 @@ enum Request {
     /// Clone an init that prepares itself and waits for its order; the answer's descriptors are a pidfd of it, its
     /// mount namespace, and the socket for the order.
     Park(IdRange),
+    /// Clone an usher into the sandbox whose init is the descriptor, a pidfd; the answer's descriptors are a pidfd of the
+    /// usher and the socket for its order.
+    Enter,
     /// Make a user namespace that maps these ids so; the answer's descriptor is the namespace.
     Userns(IdRange, RootIs),
     /// Remove these cgroups at the end; one descriptor each, of the directory they lie in.
@@ -72,6 +75,35 @@ impl Parked {
         let handed_back = HandedBack { socket: self.socket, scratch: None, terminal: None };
         Ok(Started { init: self.init, mounts: self.mounts, handed_back })
     }
+}
+
+/// An usher that waits for its order: it brings one more program into a sandbox that runs. Dropping it ends it.
+#[derive(Debug)]
+pub struct Usher {
+    process: OwnedFd,
+    socket: Channel,
+}
+
+impl Usher {
+    /// Gives the order to run a program in the sandbox; of the plan only the report and the program count.
+    ///
+    /// # Errors
+    /// As for [`Parked::start`].
+    pub fn start(self, plan: &Plan, fds: &[BorrowedFd<'_>]) -> Result<Ushered> {
+        let body = postcard::to_stdvec(plan).map_err(|_| Errno::EINVAL)?;
+        self.socket.send(&body, fds)?;
+        let handed_back = HandedBack { socket: self.socket, scratch: None, terminal: None };
+        Ok(Ushered { process: self.process, handed_back })
+    }
+}
+
+/// An usher at work.
+#[derive(Debug)]
+pub struct Ushered {
+    /// A pidfd of the usher: SIGTERM has it kill the program; readable when it has said how the program ended.
+    pub process: OwnedFd,
+    /// Where the other side of the program's terminal comes.
+    pub handed_back: HandedBack,
 }
 
 /// A sandbox that was started.
@@ -175,6 +207,17 @@ impl Launcher {
             self.request(Some(&Request::Park(ids)), &[])?.try_into().map_err(|_| Errno::EBADMSG)?;
         let [init, mounts, socket] = answer;
         Ok(Parked { init, mounts, socket: Channel::new(socket) })
+    }
+
+    /// Has an usher cloned for a sandbox, given a pidfd of its init.
+    ///
+    /// # Errors
+    /// EAGAIN if its program does not run yet; ESRCH or ENOENT if the sandbox has ended; what clone3(2) answers.
+    pub fn enter(&self, init: BorrowedFd<'_>) -> Result<Usher> {
+        let answer: [OwnedFd; 2] =
+            self.request(Some(&Request::Enter), &[init])?.try_into().map_err(|_| Errno::EBADMSG)?;
+        let [process, socket] = answer;
+        Ok(Usher { process, socket: Channel::new(socket) })
     }
 
     /// A user namespace that maps these ids, for showing the owners of layers and volumes.
@@ -341,6 +384,7 @@ impl Service {
     fn perform(&mut self, body: &[u8], fds: Vec<OwnedFd>) -> Result<Vec<OwnedFd>> {
         match postcard::from_bytes(body).map_err(|_| Errno::EBADMSG)? {
             Request::Park(ids) => self.park(ids),
+            Request::Enter => self.enter(fds),
             Request::Userns(ids, root) => {
                 let proc_dir = self.old_root.proc_dir.as_fd();
                 user_namespace(proc_dir, ids, root, self.workspace.stack()).map(|userns| vec![userns])
@@ -378,6 +422,35 @@ impl Service {
         }
     }
 
+    /// An usher is not among the children that are killed at the end: it reaps its program, for which a dying init waits,
+    /// and ends after it.
+    fn enter(&mut self, fds: Vec<OwnedFd>) -> Result<Vec<OwnedFd>> {
+        let [init]: [OwnedFd; 1] = fds.try_into().map_err(|_| Errno::EBADMSG)?;
+        let proc_dir = self.old_root.proc_dir.as_fd();
+        let pid = pid_behind(proc_dir, init.as_fd())?;
+        if !self.children.contains(&pid) {
+            return Err(Errno::ESRCH);
+        }
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        let path = format!("{pid}/fd/0");
+        let userns = nix::fcntl::openat(proc_dir, path.as_str(), flags, Mode::empty());
+        // Until init has retired it is what the worker has there, which may be closed or not to be opened.
+        let userns = userns.map_err(|e| if e == Errno::ESRCH { e } else { Errno::EAGAIN })?;
+        if nix::sys::statfs::fstatfs(&userns)?.filesystem_type() != nix::sys::statfs::NSFS_MAGIC {
+            return Err(Errno::EAGAIN);
+        }
+        let (here, there) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        // SAFETY: the launcher has one thread, and `usher` never returns.
+        match unsafe { clone_process(0, None) }? {
+            Cloned::Child => {
+                drop(here);
+                child::usher::usher(&mut self.workspace, there.as_fd(), init, userns, &self.filters)
+            }
+            Cloned::Parent { pidfd, .. } => Ok(vec![pidfd, here]),
+        }
+    }
+
     fn reap(&mut self) {
         while let Ok(status) = waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
             match status {
@@ -401,6 +474,19 @@ impl Service {
             remove_cgroups(parent, name);
         }
     }
+}
+
+/// The pid of a pidfd's process, in the launcher's PID namespace; ESRCH if it was reaped.
+fn pid_behind(proc_dir: BorrowedFd<'_>, pidfd: BorrowedFd<'_>) -> Result<libc::pid_t> {
+    use std::io::Read as _;
+    use std::os::fd::AsRawFd as _;
+    let path = format!("self/fdinfo/{}", pidfd.as_raw_fd());
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    let file = nix::fcntl::openat(proc_dir, path.as_str(), flags, Mode::empty())?;
+    let mut text = String::new();
+    std::fs::File::from(file).take(4096).read_to_string(&mut text).map_err(|_| Errno::EBADF)?;
+    let pid = text.lines().find_map(|line| line.strip_prefix("Pid:")).ok_or(Errno::EBADF)?;
+    pid.trim().parse().ok().filter(|pid| *pid > 0).ok_or(Errno::ESRCH)
 }
 
 /// Removes a directory of cgroups whose processes are dead, deepest first.

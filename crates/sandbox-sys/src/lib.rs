@@ -26,7 +26,7 @@ pub mod terminal;
 mod tinyroot;
 
 pub use child::user;
-pub use launcher::{CgroupHome, HandedBack, Launcher, Parked, Started};
+pub use launcher::{CgroupHome, HandedBack, Launcher, Parked, Started, Usher, Ushered};
 pub use nix::errno::Errno;
 pub use packet::PacketSocket;
 pub use plan::{

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use hutch_proto::JobSpec;
+use hutch_proto::{JobId, JobSpec};
 use hutch_sandbox_sys::defence::{Defence, without};
 use hutch_sandbox_sys::{CgroupHome, IdRange, Launcher as RawLauncher, RootIs};
 use hutch_trees::CappedTrees;
@@ -19,6 +19,7 @@ use crate::cgroup::{Cgroups, GroupWatch, JobCgroup};
 use crate::collect::{self, Collected};
 use crate::config::EngineConfig;
 use crate::course::Course;
+use crate::exec::{ExecEnd, ExecError, ExecOrder, Inside};
 use crate::host::{self, IdRanges};
 use crate::hostlayer::HostLayer;
 use crate::observe::{Observer, SlotGauges};
@@ -88,6 +89,7 @@ struct Inner {
     parked: ParkedInits,
     reaped: u64,
     gauges: Mutex<BTreeMap<u32, LiveGroup>>,
+    inside: Mutex<BTreeMap<JobId, Arc<Inside>>>,
 }
 
 /// User namespaces through whose maps a slot's sandboxes see owners.
@@ -182,6 +184,7 @@ impl Engine {
             parked: ParkedInits::default(),
             reaped,
             gauges: Mutex::new(BTreeMap::new()),
+            inside: Mutex::new(BTreeMap::new()),
         })))
     }
 
@@ -230,6 +233,7 @@ impl Engine {
             course.remains.mounts.clear();
             let running = spawn(means, plan, number, &prepared)?;
             let _live = self.register(order.slot, &running.cgroup, step.limits.memory_bytes);
+            let _open = self.open(order.job.id, Inside::new(&running, plan, step, ids)?);
             if !told.swap(true, Ordering::Relaxed) {
                 observer.started();
             }
@@ -271,6 +275,34 @@ impl Engine {
     fn register(&self, slot: u32, group: &JobCgroup, memory_limit_bytes: u64) -> Live<'_> {
         self.live().insert(slot, LiveGroup { watch: group.watch(), memory_limit_bytes });
         Live { engine: self, slot }
+    }
+
+    /// Runs one more program in a job that runs here, with every restriction of the job's own: see [`ExecOrder`]. When
+    /// the future is dropped, the program is killed.
+    ///
+    /// # Errors
+    /// If no such job runs here now, or the program could not be brought in.
+    pub async fn exec(
+        &self,
+        id: JobId,
+        order: ExecOrder,
+        observer: &dyn Observer,
+    ) -> Result<ExecEnd, ExecError> {
+        let inside = self.insides().get(&id).cloned().ok_or(ExecError::NotRunning(id))?;
+        match crate::exec::exec(&self.0.launcher, &inside, order, observer).await {
+            // Whatever failed, failed because the job ended meanwhile.
+            Err(ExecError::Host(_)) if inside.has_ended() => Err(ExecError::NotRunning(id)),
+            other => other,
+        }
+    }
+
+    fn open(&self, id: JobId, inside: Inside) -> Open<'_> {
+        self.insides().insert(id, Arc::new(inside));
+        Open { engine: self, id }
+    }
+
+    fn insides(&self) -> std::sync::MutexGuard<'_, BTreeMap<JobId, Arc<Inside>>> {
+        self.0.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn live(&self) -> std::sync::MutexGuard<'_, BTreeMap<u32, LiveGroup>> {
@@ -362,6 +394,18 @@ struct Live<'a> {
 impl Drop for Live<'_> {
     fn drop(&mut self) {
         self.engine.live().remove(&self.slot);
+    }
+}
+
+/// Takes a job's way in away when its step is over.
+struct Open<'a> {
+    engine: &'a Engine,
+    id: JobId,
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.engine.insides().remove(&self.id);
     }
 }
 

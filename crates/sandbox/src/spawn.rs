@@ -48,11 +48,11 @@ const PAGE: u64 = 4096;
 
 /// The descriptors that travel with a plan, in order.
 #[derive(Default)]
-struct FdList<'a>(Vec<BorrowedFd<'a>>);
+pub(crate) struct FdList<'a>(pub(crate) Vec<BorrowedFd<'a>>);
 
 impl<'a> FdList<'a> {
     /// Adds descriptors and says where the first of them is.
-    fn add(&mut self, fds: impl IntoIterator<Item = BorrowedFd<'a>>) -> FdIndex {
+    pub(crate) fn add(&mut self, fds: impl IntoIterator<Item = BorrowedFd<'a>>) -> FdIndex {
         let first = FdIndex::try_from(self.0.len()).unwrap_or(FdIndex::MAX);
         self.0.extend(fds);
         first
@@ -206,7 +206,7 @@ fn carried(job: &JobPlan, prepared: &Prepared, first: bool) -> u64 {
     prepared.disk_use().bytes
 }
 
-fn indices<'a>(fds: &mut FdList<'a>, tasks: &[BorrowedFd<'a>]) -> Vec<FdIndex> {
+pub(crate) fn indices<'a>(fds: &mut FdList<'a>, tasks: &[BorrowedFd<'a>]) -> Vec<FdIndex> {
     tasks.iter().map(|task| fds.add([*task])).collect()
 }
 
@@ -224,14 +224,14 @@ fn file_writes(job: &JobPlan) -> Vec<FileWrite> {
         .collect()
 }
 
-fn pipe() -> Result<(OwnedFd, OwnedFd), Refusal> {
+pub(crate) fn pipe() -> Result<(OwnedFd, OwnedFd), Refusal> {
     nix::unistd::pipe2(OFlag::O_CLOEXEC)
         .map_err(|e| Refusal::host(format!("cannot make a pipe: {}", e.desc())))
 }
 
 /// A pipe that whoever holds its end may open anew: a program's `/dev/stdout` is a link to what it holds
 /// already, but opening it asks for the pipe's own permissions, and its owner is no user of the sandbox.
-fn output_pipe() -> Result<(OwnedFd, OwnedFd), Refusal> {
+pub(crate) fn output_pipe() -> Result<(OwnedFd, OwnedFd), Refusal> {
     let ends = pipe()?;
     nix::sys::stat::fchmod(&ends.1, Mode::from_bits_truncate(0o666))
         .map_err(|e| Refusal::host(format!("cannot open a pipe to the program: {}", e.desc())))?;

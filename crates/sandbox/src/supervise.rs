@@ -208,7 +208,7 @@ pub(crate) async fn supervise(
 
 /// What a pipe still has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Flow {
+pub(crate) enum Flow {
     /// There may be more now.
     More,
     /// There is none now.
@@ -218,13 +218,13 @@ enum Flow {
 }
 
 /// A descriptor that the runtime watches; reads of it do not block.
-fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     unblocked(&fd)?;
     readable(fd)
 }
 
 /// The same for a descriptor that is written to as well.
-fn attended(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn attended(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     unblocked(&fd)?;
     #[expect(deprecated, reason = "as below")]
     AsyncFd::with_interest(fd, Interest::READABLE | Interest::WRITABLE)
@@ -237,7 +237,7 @@ fn unblocked(fd: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-fn readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     #[expect(
         deprecated,
         reason = "an OwnedFd keeps its descriptor open, which is all that the new name asks for"
@@ -246,7 +246,7 @@ fn readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 }
 
 /// Tells the runtime what was found; true while the pipe is open.
-fn settle(mut ready: AsyncFdReadyGuard<'_, OwnedFd>, flow: Flow) -> bool {
+pub(crate) fn settle(mut ready: AsyncFdReadyGuard<'_, OwnedFd>, flow: Flow) -> bool {
     match flow {
         Flow::More => ready.retain_ready(),
         Flow::Dry => ready.clear_ready(),
@@ -256,7 +256,7 @@ fn settle(mut ready: AsyncFdReadyGuard<'_, OwnedFd>, flow: Flow) -> bool {
 }
 
 /// Reads once: the bytes' count, or what the pipe has instead.
-fn read(fd: &AsyncFd<OwnedFd>, bytes: &mut [u8]) -> io::Result<Result<usize, Flow>> {
+pub(crate) fn read(fd: &AsyncFd<OwnedFd>, bytes: &mut [u8]) -> io::Result<Result<usize, Flow>> {
     match nix::unistd::read(fd.get_ref(), bytes) {
         // A terminal says so when the program's side is closed.
         Ok(0) | Err(Errno::EIO) => Ok(Err(Flow::Closed)),
@@ -267,7 +267,7 @@ fn read(fd: &AsyncFd<OwnedFd>, bytes: &mut [u8]) -> io::Result<Result<usize, Flo
 }
 
 /// Waits until a sandbox handed something back.
-async fn arrival(socket: Option<&AsyncFd<OwnedFd>>) -> io::Result<()> {
+pub(crate) async fn arrival(socket: Option<&AsyncFd<OwnedFd>>) -> io::Result<()> {
     match socket {
         Some(socket) => socket.readable().await.map(|mut ready| ready.clear_ready()),
         None => std::future::pending().await,
@@ -275,7 +275,7 @@ async fn arrival(socket: Option<&AsyncFd<OwnedFd>>) -> io::Result<()> {
 }
 
 /// Waits until a terminal shows something.
-async fn shown_at(
+pub(crate) async fn shown_at(
     terminal: Option<&Terminal>,
 ) -> io::Result<(AsyncFdReadyGuard<'_, OwnedFd>, &AsyncFd<OwnedFd>)> {
     match terminal {
@@ -285,14 +285,14 @@ async fn shown_at(
 }
 
 /// Waits until a terminal takes what is typed.
-async fn taken_at(terminal: Option<&Terminal>) -> io::Result<()> {
+pub(crate) async fn taken_at(terminal: Option<&Terminal>) -> io::Result<()> {
     match terminal {
         Some(terminal) => terminal.writable().await,
         None => std::future::pending().await,
     }
 }
 
-async fn typed(strokes: Option<&Strokes>) -> Option<Stroke> {
+pub(crate) async fn typed(strokes: Option<&Strokes>) -> Option<Stroke> {
     match strokes {
         Some(strokes) => strokes.next().await,
         None => std::future::pending().await,

@@ -103,7 +103,7 @@ impl Terminal {
             Ok(count) => drop(self.waiting.drain(..count)),
             Err(Errno::EAGAIN | Errno::EINTR) => ready.clear_ready(),
             // The program's side is closed: nobody reads any more.
-            Err(Errno::EIO) => self.waiting.clear(),
+            Err(Errno::EIO | Errno::EPIPE) => self.waiting.clear(),
             Err(e) => return Err(e.into()),
         }
         Ok(())

@@ -4,17 +4,22 @@
 //!   and its launcher after 50 of them, and one at the end.
 //! - `engine_loop sleep DIR COUNT`: that many jobs at one time, each of which sleeps; `ready` when all run, then what
 //!   came of each.
+//! - `engine_loop exec DIR ORDERS`: one job, and others in it while it runs; how each ended.
 //! - `engine_loop once DIR SPEC [ALLOWED]`: one job, by the rules of a worker whose config allows nothing, or this
 //!   one directory; the JobResult.
 
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use hutch_proto::{JobResult, JobSpec, Reason, Timestamp};
-use hutch_sandbox::{Engine, EngineConfig, JobFacts, Launcher, Observer, Order, Unobserved};
+use hutch_sandbox::{
+    Engine, EngineConfig, ExecOrder, JobFacts, Launcher, Observer, Order, Stream, Stroke, Strokes,
+    Unobserved, WindowSize,
+};
 use hutch_tests::processes::{Process, size};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -44,7 +49,11 @@ fn main() -> Result<(), Failure> {
             let result = runtime.block_on(run(&engine, &serde_json::from_str(spec)?, 0, &Unobserved))?;
             say(&serde_json::to_value(result)?)
         }
-        _ => Err("many DIR COUNT, sleep DIR COUNT, or once DIR SPEC [ALLOWED]".into()),
+        ["exec", dir, orders] => {
+            let engine = Engine::new(launcher, open_config(dir, 1))?;
+            runtime.block_on(exec(engine, &serde_json::from_str(orders)?))
+        }
+        _ => Err("many DIR COUNT, sleep DIR COUNT, exec DIR ORDERS, or once DIR SPEC [ALLOWED]".into()),
     }
 }
 
@@ -62,6 +71,77 @@ fn say(value: &Value) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{value}")?;
     Ok(out.flush()?)
+}
+
+/// Keeps what a program writes.
+#[derive(Default)]
+struct Kept([Mutex<Vec<u8>>; 2]);
+
+impl Observer for Kept {
+    fn output(&self, _: &str, stream: Stream, bytes: &[u8]) {
+        let at = usize::from(stream == Stream::Stderr);
+        self.0[at].lock().expect("lock").extend_from_slice(bytes);
+    }
+}
+
+impl Kept {
+    fn text(&self, at: usize) -> String {
+        String::from_utf8_lossy(&self.0[at].lock().expect("lock")).into_owned()
+    }
+}
+
+/// Runs `job`, and in it, when its output has begun, one after another of `execs`; then, unless it is to `end` by itself,
+/// calls it off. Says how all of them ended.
+async fn exec(engine: Engine, orders: &Value) -> Result<(), Failure> {
+    let job = JobSpec::parse(orders["job"].to_string().as_bytes())?;
+    let (id, cancel) = (job.id, CancellationToken::new());
+    let order = Order { job, slot: 0, cancel: cancel.clone(), strokes: None };
+    let seen = Arc::new(Kept::default());
+    let running = {
+        let (engine, seen) = (engine.clone(), Arc::clone(&seen));
+        tokio::spawn(async move {
+            let facts = JobFacts {
+                id,
+                attempt: 1,
+                worker: "engine-loop".to_owned(),
+                submitted_at: Timestamp::now(),
+                labels: BTreeMap::new(),
+            };
+            engine.run(order, &*seen).await.into_result(facts)
+        })
+    };
+    while seen.text(0).is_empty() && !running.is_finished() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let mut ends = Vec::new();
+    for wanted in orders["execs"].as_array().into_iter().flatten() {
+        let (strokes, typed) = Strokes::channel();
+        if let Some(text) = wanted["stdin"].as_str() {
+            strokes.send(Stroke::Typed(text.as_bytes().to_vec())).await?;
+        }
+        if let Some([rows, columns]) = wanted["resize"].as_array().map(Vec::as_slice) {
+            let of = |value: &Value| value.as_u64().and_then(|value| u16::try_from(value).ok()).unwrap_or(0);
+            strokes.send(Stroke::Resized(WindowSize { rows: of(rows), columns: of(columns) })).await?;
+        }
+        drop(strokes);
+        let order = ExecOrder {
+            command: serde_json::from_value(wanted["command"].clone())?,
+            env: serde_json::from_value(wanted["env"].clone()).unwrap_or_default(),
+            cwd: wanted["cwd"].as_str().map(str::to_owned),
+            terminal: wanted["tty"].as_bool().map(|_| WindowSize { rows: 24, columns: 80 }),
+            strokes: typed,
+        };
+        let heard = Kept::default();
+        let end = match engine.exec(id, order, &heard).await {
+            Ok(end) => json!(end.code()),
+            Err(error) => json!(error.to_string()),
+        };
+        ends.push(json!({"end": end, "stdout": heard.text(0), "stderr": heard.text(1)}));
+    }
+    if orders["end"].as_bool() != Some(true) {
+        cancel.cancel();
+    }
+    say(&json!({"execs": ends, "result": running.await?}))
 }
 
 async fn run(
@@ -187,7 +267,7 @@ async fn figures(dir: &Path, jobs: usize) -> Result<Value, Failure> {
 struct Begun(Arc<AtomicU32>);
 
 impl Observer for Begun {
-    fn output(&self, _step: &str, _stream: hutch_sandbox::Stream, _bytes: &[u8]) {
+    fn output(&self, _step: &str, _stream: Stream, _bytes: &[u8]) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 }

@@ -17,6 +17,7 @@ mod program;
 mod receive;
 mod steps;
 pub mod user;
+pub(crate) mod usher;
 
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
@@ -212,10 +213,15 @@ extern "C" fn run_program(sandbox: *mut libc::c_void) -> ! {
     program::run(sandbox)
 }
 
-/// init's own end of privileges: it keeps the report, and the right to signal within its namespace.
+/// init's own end of privileges: it keeps the report, the right to signal within its namespace, and at 0 the program's user
+/// namespace, for whoever is to enter it later.
 fn retire(sandbox: &Sandbox<'_>) -> Result<()> {
     let report = libc::c_uint::try_from(sandbox.report.as_raw_fd()).map_err(|_| Errno::EBADF)?;
-    close_range(0, report.saturating_sub(1))?;
+    if report == 0 {
+        return Err(Errno::EBADF);
+    }
+    nix::unistd::dup2_stdin(sandbox.userns)?;
+    close_range(1, report - 1)?;
     close_range(report + 1, libc::c_uint::MAX)?;
     crate::process::set_groups(&[])?;
     let own = sandbox.order.ids.init_id();

@@ -253,25 +253,7 @@ impl JobCgroup {
 
     /// How a program enters this group.
     pub(crate) fn entrance(&self) -> Result<Entrance<'_>, CgroupError> {
-        let mut unified = None;
-        let mut tasks = Vec::new();
-        for place in self.places.iter() {
-            match place.version {
-                Version::V1 => {
-                    let missing = || io::Error::from(io::ErrorKind::NotFound);
-                    let file = place.kept("tasks").ok_or_else(missing);
-                    tasks.push(file.map_err(CgroupError::of("enter", &place.dir))?.as_fd());
-                }
-                Version::V2 => {
-                    let dir = File::open(&place.dir).map_err(CgroupError::of("open", &place.dir))?;
-                    unified = Some(dir.into());
-                }
-            }
-        }
-        Ok(match unified {
-            Some(dir) => Entrance::Unified(dir, tasks),
-            None => Entrance::Tasks(tasks),
-        })
+        entrance(&self.places)
     }
 
     /// A view of this group that does not keep it.
@@ -312,6 +294,11 @@ pub(crate) struct GroupWatch {
 }
 
 impl GroupWatch {
+    /// How one more program enters the group.
+    pub(crate) fn entrance(&self) -> Result<Entrance<'_>, CgroupError> {
+        entrance(&self.places)
+    }
+
     /// What the kernel has counted so far.
     pub(crate) fn readings(&self) -> Readings {
         let mut readings = readings(&self.places);
@@ -335,6 +322,28 @@ impl GroupWatch {
         let unified = self.places.iter().find(|place| place.version == Version::V2);
         unified.map_or([None; 6], |place| v2::pressure(&place.dir))
     }
+}
+
+fn entrance(places: &[Place]) -> Result<Entrance<'_>, CgroupError> {
+    let mut unified = None;
+    let mut tasks = Vec::new();
+    for place in places {
+        match place.version {
+            Version::V1 => {
+                let missing = || io::Error::from(io::ErrorKind::NotFound);
+                let file = place.kept("tasks").ok_or_else(missing);
+                tasks.push(file.map_err(CgroupError::of("enter", &place.dir))?.as_fd());
+            }
+            Version::V2 => {
+                let dir = File::open(&place.dir).map_err(CgroupError::of("open", &place.dir))?;
+                unified = Some(dir.into());
+            }
+        }
+    }
+    Ok(match unified {
+        Some(dir) => Entrance::Unified(dir, tasks),
+        None => Entrance::Tasks(tasks),
+    })
 }
 
 fn readings(places: &[Place]) -> Readings {

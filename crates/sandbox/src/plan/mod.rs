@@ -21,7 +21,7 @@ use crate::config::EngineConfig;
 use crate::refusal::Refusal;
 
 pub(crate) use mounts::{MountPlan, Slots, scratch_dirs, steps as mount_steps};
-pub(crate) use program::{StepPlan, rlimits};
+pub(crate) use program::{StepPlan, candidates, rlimits, text};
 
 /// What this host can enforce, as far as plans depend on it.
 #[derive(Debug, Clone)]

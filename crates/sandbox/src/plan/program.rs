@@ -79,14 +79,14 @@ pub(super) fn plan(
     })
 }
 
-fn text(text: &str) -> Result<Text, Refusal> {
+pub(crate) fn text(text: &str) -> Result<Text, Refusal> {
     CString::new(text)
         .map(Text::from)
         .map_err(|_| Refusal::spec("command", "a text may not contain a NUL byte"))
 }
 
 /// The paths that execvp(3) would try.
-fn candidates(program: &str, path: &str) -> Result<Vec<Text>, Refusal> {
+pub(crate) fn candidates(program: &str, path: &str) -> Result<Vec<Text>, Refusal> {
     if program.contains('/') {
         return Ok(vec![text(program)?]);
     }
