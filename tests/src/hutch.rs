@@ -49,12 +49,12 @@ pub fn weak_binary() -> Result<PathBuf, String> {
     }
     let own = std::env::current_exe().map_err(|e| e.to_string())?;
     let weak = own.ancestors().nth(2).ok_or("no target directory")?.join("hutch-weak");
-    let missing = |e| format!("{}: {e}; `cargo xtask weak` builds it", weak.display());
+    let missing = |e: std::io::Error| format!("hutch-weak: {e}; `cargo xtask weak` builds it");
     let made = weak.metadata().and_then(|meta| meta.modified()).map_err(missing)?;
     let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates");
     let newest = ["sandbox", "sandbox-sys"].map(|name| newest(&crates.join(name).join("src")));
     if newest.into_iter().flatten().any(|changed| changed > made) {
-        return Err(format!("{} is older than its sources; `cargo xtask weak` builds it", weak.display()));
+        return Err("hutch-weak is older than its sources; `cargo xtask weak` builds it".to_owned());
     }
     Ok(weak)
 }

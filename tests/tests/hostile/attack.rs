@@ -124,7 +124,7 @@ impl<'a> Attack<'a> {
     fn bite(&self, test: &str) -> String {
         let defences = match self.bite {
             Bite::Without(defences) => defences,
-            Bite::Nothing(why) => return format!("nothing to take away: {why}"),
+            Bite::Nothing(why) => return format!("not shown: {why}"),
         };
         let names = defences.iter().map(|defence| defence.name()).collect::<Vec<_>>().join(",");
         let binary = match hutch_tests::hutch::weak_binary() {
