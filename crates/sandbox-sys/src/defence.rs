@@ -68,6 +68,14 @@ defences! {
     NeverPidOne = "never-pid-one",
     /// A limit that this host cannot hold is an error.
     HeldLimits = "held-limits",
+    /// The limit of a job's group on memory.
+    MemoryLimit = "memory-limit",
+    /// The limit of a job's group on processes.
+    ProcessLimit = "process-limit",
+    /// The limit of a job's group on processor time.
+    ProcessorLimit = "processor-limit",
+    /// A scratch file system of the job's own size.
+    SizedScratch = "sized-scratch",
 }
 
 /// Whether a defence was taken away. Never, in the product.

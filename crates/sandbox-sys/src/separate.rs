@@ -10,6 +10,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, setsid};
 
+use crate::defence::{self, Defence, without};
 use crate::packet::PacketSocket;
 use crate::process::{
     close_all_but, exit_now, forbid_capabilities, keep_capabilities, prctl, set_groups, set_ids,
@@ -44,6 +45,7 @@ pub fn fork_privileged(run: impl FnOnce(PacketSocket) -> i32) -> Result<(PacketS
     if std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() > 1) {
         return Err(Errno::EBUSY);
     }
+    defence::arm();
     let (here, there) = PacketSocket::pair()?;
     // SAFETY: there is one thread, so the child may go on as if nothing had happened.
     match unsafe { fork() }? {
@@ -81,6 +83,9 @@ fn begin() -> Result<()> {
         mask.add(signal);
     }
     sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), None)?;
+    if without(Defence::NetworkNamespace) {
+        return Ok(());
+    }
     unshare(CloneFlags::CLONE_NEWNET)
 }
 

@@ -348,8 +348,13 @@ fn scratch<'p>(
 ) -> Result<(OwnedFd, Vec<Upper>), Errno> {
     let number = |value: u64| CString::new(value.to_string()).map_err(|_| Errno::EINVAL);
     let tmpfs = NewFilesystem::open(c"tmpfs")?;
-    tmpfs.set(c"size", &number(plan.disk_bytes)?)?;
-    tmpfs.set(c"nr_inodes", &number(plan.disk_inodes.saturating_add(own_inodes))?)?;
+    let (bytes, inodes) = if without(Defence::SizedScratch) {
+        (1 << 40, 1 << 40)
+    } else {
+        (plan.disk_bytes, plan.disk_inodes.saturating_add(own_inodes))
+    };
+    tmpfs.set(c"size", &number(bytes)?)?;
+    tmpfs.set(c"nr_inodes", &number(inodes)?)?;
     tmpfs.set(c"mode", c"0755")?;
     let mount = tmpfs.mount(harmless())?;
     let owner = (Some(ids.base.into()), Some(ids.base.into()));

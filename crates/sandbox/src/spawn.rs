@@ -19,6 +19,7 @@ use crate::prepare::{OwnerMaps, Prepared, sealed};
 use crate::refusal::Refusal;
 use crate::seccomp;
 use crate::terminal::DEFAULT_SIZE;
+use hutch_sandbox_sys::defence::{Defence, without};
 
 /// A sandbox whose init lives.
 #[derive(Debug)]
@@ -116,6 +117,7 @@ pub(crate) fn spawn(
         memory_bytes: step.limits.memory_bytes.saturating_sub(carried_bytes).max(LEAST_MEMORY),
         ..step.limits.clone()
     };
+    let limits = weakened(limits);
     let mut cgroup = means.cgroups.take(&limits).map_err(|e| Refusal::host(with_source(&e)))?;
     let out_of_memory = cgroup.take_out_of_memory();
     let entrance = cgroup.entrance().map_err(|e| Refusal::host(with_source(&e)))?;
@@ -195,6 +197,17 @@ pub(crate) fn spawn(
         cgroup,
         carried_bytes,
     })
+}
+
+/// Limits without those that were taken away: none is, in the product.
+fn weakened(limits: Limits) -> Limits {
+    let kept = |defence, limit, far| if without(defence) { far } else { limit };
+    Limits {
+        memory_bytes: kept(Defence::MemoryLimit, limits.memory_bytes, 1 << 40),
+        pids: kept(Defence::ProcessLimit, limits.pids, 10_000),
+        cpu_millis: kept(Defence::ProcessorLimit, limits.cpu_millis, 64_000),
+        ..limits
+    }
 }
 
 /// What the job has in memory before this step's group counts anything: files that are written for it, by a process

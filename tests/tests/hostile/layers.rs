@@ -279,7 +279,7 @@ fn a20_set_user_id_programs() {
             Err("it gives nothing outside either".to_owned())
         }
     })
-    .has_no_switch("without no_new_privs the kernel takes no filter; to be shown by another way")
+    .bites_without(&[Defence::NoNewPrivileges, Defence::NoSuid, Defence::Seccomp])
     .run();
 }
 

@@ -67,6 +67,11 @@ impl Site {
         site
     }
 
+    /// Whether this is the product, and not a binary that lacks a defence.
+    pub(crate) fn is_the_product(&self) -> bool {
+        matches!(self.kind, Kind::Product)
+    }
+
     /// The service's data directory.
     pub(crate) fn data(&self) -> PathBuf {
         self.directory.join("data")
