@@ -18,6 +18,7 @@ pub(crate) const FOR_TESTS: &[Package] = &[
     ("libc6-dev", "/usr/include/stdio.h"),
     ("python3-venv", "/usr/share/doc/python3-venv"),
     ("stress-ng", "/usr/bin/stress-ng"),
+    ("zstd", "/usr/bin/zstd"),
     ("umoci", "/usr/bin/umoci"),
     ("skopeo", "/usr/bin/skopeo"),
     ("docker-registry", "/usr/bin/docker-registry"),

@@ -96,8 +96,13 @@ pub(crate) fn decide(limits: &Limits, seen: &Observed) -> Verdict {
         None => plain_end(seen),
     };
     // A fault of the host says nothing of the program, and so nothing of its end.
-    let (exit_code, signal) =
-        if reason == Some(Reason::HostError) { (None, None) } else { (exit_code, signal) };
+    // Where memory ran out the whole tree is killed: a shell that still told of its child's end, before its own
+    // came, was killed as well.
+    let (exit_code, signal) = match reason {
+        Some(Reason::HostError) => (None, None),
+        Some(Reason::Memory) => (None, Some("SIGKILL".to_owned())),
+        _ => (exit_code, signal),
+    };
     let status = reason.map_or(Status::Succeeded, Reason::status);
     Verdict { status, reason, message, limit, exit_code, signal }
 }
@@ -273,6 +278,15 @@ mod tests {
         seen.readings.memory_limit_hits = 1;
         seen.cause = Some(Cause::WallTime);
         assert_eq!(reason(&seen), Some(Reason::Memory));
+    }
+
+    #[test]
+    fn a_shell_that_outlived_its_child_for_a_moment_was_killed_too() {
+        let mut seen = seen(Some(End::Exited(137)));
+        seen.readings.oom_kills = 1;
+        seen.readings.memory_limit_hits = 1;
+        let verdict = decide(&limits(), &seen);
+        assert_eq!((verdict.exit_code, verdict.signal.as_deref()), (None, Some("SIGKILL")));
     }
 
     #[test]

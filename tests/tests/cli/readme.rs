@@ -31,8 +31,18 @@ fn shell(house: &House, script: &str, variables: &[(&str, &str)]) -> Done {
 #[test]
 fn here_and_now() {
     let Some(house) = House::with_sandboxes() else { return };
-    let done = shell(&house, block("sh", "hutch run"), &[]);
+    let done = shell(&house, block("sh", "hutch run --memory"), &[]);
     assert_eq!((done.code, done.stdout.as_str()), (0, "42\n"), "{done:?}");
+}
+
+#[test]
+fn images_in_layers_out() {
+    let Some(house) = House::with_sandboxes() else { return };
+    let root =
+        "mkdir -p root/bin && cp /bin/busybox root/bin/sh && tar -C root -cf - . | zstd -q > rootfs.tar.zst";
+    assert_eq!(shell(&house, root, &[]).code, 0);
+    let done = shell(&house, block("sh", "hutch layer import"), &[]);
+    assert_eq!((done.code, done.stdout.as_str()), (0, "image:docker.io/my/base:1\nhello\n"), "{done:?}");
 }
 
 #[test]
