@@ -22,6 +22,7 @@ pub(crate) const FOR_TESTS: &[Package] = &[
     ("umoci", "/usr/bin/umoci"),
     ("skopeo", "/usr/bin/skopeo"),
     ("docker-registry", "/usr/bin/docker-registry"),
+    ("e2fsprogs", "/usr/sbin/mkfs.ext4"),
 ];
 
 /// Tools from PyPI for the tests: the command, and what pip installs.

@@ -14,6 +14,7 @@ mod channel;
 mod child;
 pub mod defence;
 mod launcher;
+pub mod loopdev;
 pub mod mount;
 pub mod notify;
 mod order;

@@ -12,9 +12,9 @@ use crate::engine::Remains;
 use crate::failure;
 use crate::observe::Stream;
 use crate::plan::{JobPlan, StepPlan};
-use crate::prepare::DiskUse;
 use crate::refusal::Refusal;
 use crate::report::{self, Durations, Report, concatenated};
+use crate::scratch::DiskUse;
 use crate::supervise::Exited;
 use crate::verdict::{End, Observed, Verdict, decide};
 

@@ -172,6 +172,7 @@ impl Engine {
             processors: cgroups.processors().map(|list| crate::plan::processors(&list)),
             swap: cgroups.limits_swap(),
             hard_limits: host::hard_limits(),
+            images: crate::image::possible(),
         };
         Ok(Self(Arc::new(Inner {
             launcher,
@@ -204,6 +205,19 @@ impl Engine {
         }
     }
 
+    /// Makes the job's file system; one on disk takes its time.
+    async fn prepare(&self, plan: &JobPlan, ids: IdRange) -> Result<Prepared, Refusal> {
+        let make = move |engine: &Self, plan: &JobPlan| {
+            Prepared::new(plan, &engine.0.config, engine.0.host.as_ref(), ids)
+        };
+        if !plan.scratch_on_disk {
+            return make(self, plan);
+        }
+        let (engine, plan) = (self.clone(), plan.clone());
+        let made = tokio::task::spawn_blocking(move || make(&engine, &plan)).await;
+        made.map_err(|e| Refusal::host(format!("cannot make the scratch file system: {e}")))?
+    }
+
     /// Runs all steps that are to run, and hands the file system on.
     async fn run_plan(
         &self,
@@ -215,7 +229,7 @@ impl Engine {
         let inner = &*self.0;
         let no_slot = || Refusal::host("there is no such slot");
         let ids = inner.ids.of(order.slot).ok_or_else(no_slot)?;
-        let mut prepared = Prepared::new(plan, &inner.config, inner.host.as_ref(), ids)?;
+        let mut prepared = self.prepare(plan, ids).await?;
         let told = AtomicBool::new(false);
         for (number, step) in plan.steps.iter().enumerate() {
             let means = Means {
@@ -245,7 +259,7 @@ impl Engine {
                 break;
             }
             match handed_back {
-                Ok(Some(scratch)) => prepared.renew_scratch(scratch),
+                Ok(Some(scratch)) => prepared.scratch.renew(scratch),
                 _ => return Err(Refusal::host("a sandbox kept the job's files from its next step")),
             }
         }
@@ -371,6 +385,10 @@ impl Remains {
 
 impl Drop for Remains {
     fn drop(&mut self) {
+        // Before its overlays go, which would have it written out.
+        if let Some(prepared) = &self.prepared {
+            prepared.scratch.let_go();
+        }
         self.mounts.clear();
         self.prepared = None;
         self.cgroups.clear();

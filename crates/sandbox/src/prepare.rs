@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 use hutch_proto::{Digest, Reason, VolumeSource};
 use hutch_sandbox_sys::defence::{Defence, without};
 use hutch_sandbox_sys::mount::{
-    NewFilesystem, RDONLY, RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, clone_tree, harmless,
-    map_owners, open_beneath, restrict,
+    RDONLY, RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, clone_tree, harmless, map_owners,
+    open_beneath, restrict,
 };
 use hutch_sandbox_sys::{Errno, IdRange};
 use hutch_trees::{InUse, LayerFacts};
@@ -25,13 +25,9 @@ use nix::sys::stat::{Mode, mkdirat};
 
 use crate::config::EngineConfig;
 use crate::hostlayer::HostLayer;
-use crate::plan::{JobPlan, LayerSource, MountPlan, VolumePlan, scratch_dirs};
+use crate::plan::{JobPlan, LayerSource, MountPlan, VolumePlan};
 use crate::refusal::Refusal;
-
-/// Inodes of the scratch file system that are ours, not the job's: its root, `shm`, one that overlayfs's extended
-/// attributes are worth (tmpfs counts them, by size), and four for each overlay.
-const OWN_INODES: u64 = 3;
-const OWN_INODES_PER_OVERLAY: u64 = 4;
+use crate::scratch::Scratch;
 
 /// A directory that is shown in a sandbox.
 #[derive(Debug)]
@@ -57,28 +53,17 @@ pub(crate) struct OwnerMaps<'a> {
     pub(crate) stranger_root: BorrowedFd<'a>,
 }
 
-/// Where one overlay's changes are.
-#[derive(Debug)]
-pub(crate) struct Upper {
-    /// Where the overlay is in the sandbox: empty for the root.
-    pub(crate) prefix: String,
-    /// The upper directory.
-    pub(crate) dir: OwnedFd,
-}
-
 /// A job's file system, ready for its first step.
 #[derive(Debug)]
 pub(crate) struct Prepared {
     pub(crate) mounts: MountPlan,
     shown: Vec<Shown>,
     volumes: Vec<Shown>,
-    scratch: OwnedFd,
-    own_inodes: u64,
+    pub(crate) scratch: Scratch,
     /// The stored layers, kept from being removed.
     _stored: Vec<InUse>,
     /// The time of the newest file of the stored layers, in seconds since 1970.
     pub(crate) newest_s: i64,
-    pub(crate) uppers: Vec<Upper>,
     pub(crate) payload: Option<OwnedFd>,
 }
 
@@ -87,15 +72,6 @@ pub(crate) struct Prepared {
 pub(crate) struct StepMounts {
     pub(crate) layers: Vec<OwnedFd>,
     pub(crate) volumes: Vec<OwnedFd>,
-}
-
-/// How full the scratch file system is.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct DiskUse {
-    pub(crate) bytes: u64,
-    pub(crate) inodes: u64,
-    pub(crate) bytes_full: bool,
-    pub(crate) inodes_full: bool,
 }
 
 impl Prepared {
@@ -144,11 +120,9 @@ impl Prepared {
             .enumerate()
             .map(|(index, volume)| open_volume(volume, index, config))
             .collect::<Result<Vec<_>, _>>()?;
-        let overlays = 1 + trees.len();
-        let own_inodes = OWN_INODES + OWN_INODES_PER_OVERLAY * overlays as u64;
-        let prefixes = std::iter::once("").chain(trees.iter().map(|(path, _)| path.as_str()));
-        let (scratch, uppers) = scratch(plan, own_inodes, prefixes, ids)
-            .map_err(|e| Refusal::host(format!("cannot make the scratch file system: {e}")))?;
+        let prefixes: Vec<_> =
+            std::iter::once("").chain(trees.iter().map(|(path, _)| path.as_str())).collect();
+        let scratch = Scratch::make(plan, config, &prefixes, ids)?;
         let files: Vec<&[u8]> = plan.files.iter().map(|file| file.bytes.as_slice()).collect();
         let payload = if files.is_empty() { None } else { Some(sealed(&files)?) };
         let mounts = MountPlan {
@@ -156,7 +130,7 @@ impl Prepared {
             trees,
             targets: plan.volumes.iter().map(|volume| volume.target.clone()).collect(),
         };
-        Ok(Self { mounts, shown, volumes, scratch, own_inodes, _stored: stored, newest_s, uppers, payload })
+        Ok(Self { mounts, shown, volumes, scratch, _stored: stored, newest_s, payload })
     }
 
     /// Fresh mounts for one step.
@@ -167,28 +141,6 @@ impl Prepared {
             layers: all(&self.shown).map_err(failed)?,
             volumes: all(&self.volumes).map_err(failed)?,
         })
-    }
-
-    /// The scratch file system, attached nowhere yet.
-    pub(crate) fn scratch(&self) -> BorrowedFd<'_> {
-        self.scratch.as_fd()
-    }
-
-    /// Takes the scratch file system back from a step, so that the next one can attach it.
-    pub(crate) fn renew_scratch(&mut self, scratch: OwnedFd) {
-        self.scratch = scratch;
-    }
-
-    /// How full the scratch file system is: fstatfs(2).
-    pub(crate) fn disk_use(&self) -> DiskUse {
-        let Ok(stat) = nix::sys::statvfs::fstatvfs(&self.scratch) else { return DiskUse::default() };
-        let used = |all: u64, free: u64| all.saturating_sub(free);
-        DiskUse {
-            bytes: used(stat.blocks(), stat.blocks_free()) * stat.fragment_size(),
-            inodes: used(stat.files(), stat.files_free()).saturating_sub(self.own_inodes),
-            bytes_full: stat.blocks_free() == 0,
-            inodes_full: stat.files_free() == 0,
-        }
     }
 }
 
@@ -337,47 +289,6 @@ fn open_volume(volume: &VolumePlan, index: usize, config: &EngineConfig) -> Resu
             Ok(Shown { dir, read_only: volume.read_only, owners: Owners::All })
         }
     }
-}
-
-/// A tmpfs of the job's size, with an upper and a work directory for each overlay, and `/dev/shm`.
-fn scratch<'p>(
-    plan: &JobPlan,
-    own_inodes: u64,
-    prefixes: impl Iterator<Item = &'p str>,
-    ids: IdRange,
-) -> Result<(OwnedFd, Vec<Upper>), Errno> {
-    let number = |value: u64| CString::new(value.to_string()).map_err(|_| Errno::EINVAL);
-    let tmpfs = NewFilesystem::open(c"tmpfs")?;
-    let (bytes, inodes) = if without(Defence::SizedScratch) {
-        (1 << 40, 1 << 40)
-    } else {
-        (plan.disk_bytes, plan.disk_inodes.saturating_add(own_inodes))
-    };
-    tmpfs.set(c"size", &number(bytes)?)?;
-    tmpfs.set(c"nr_inodes", &number(inodes)?)?;
-    tmpfs.set(c"mode", c"0755")?;
-    let mount = tmpfs.mount(harmless())?;
-    let owner = (Some(ids.base.into()), Some(ids.base.into()));
-    let make = |path: &str, mode: u32| -> Result<(), Errno> {
-        mkdirat(&mount, path, Mode::from_bits_truncate(mode))?;
-        let flags = nix::sys::stat::FchmodatFlags::FollowSymlink;
-        nix::sys::stat::fchmodat(&mount, path, Mode::from_bits_truncate(mode), flags)?;
-        nix::unistd::fchownat(&mount, path, owner.0, owner.1, nix::fcntl::AtFlags::empty())
-    };
-    make("shm", 0o1777)?;
-    let mut uppers = Vec::new();
-    for (overlay, prefix) in prefixes.enumerate() {
-        let (upper, work) = scratch_dirs(overlay);
-        mkdirat(&mount, format!("o{overlay}").as_str(), Mode::from_bits_truncate(0o755))?;
-        make(&upper, 0o755)?;
-        make(&work, 0o755)?;
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        uppers.push(Upper {
-            prefix: prefix.to_owned(),
-            dir: openat(&mount, upper.as_str(), flags, Mode::empty())?,
-        });
-    }
-    Ok((mount, uppers))
 }
 
 /// Memory with these bytes, one after another, that nobody can change any more: memfd_create(2).

@@ -144,7 +144,7 @@ pub(crate) fn spawn(
     let stderr_index = fds.add([stderr_end.as_fd()]);
     let slots = Slots {
         layers: fds.add(mounts.layers.iter().map(OwnedFd::as_fd)),
-        scratch: fds.add([prepared.scratch()]),
+        scratch: fds.add([prepared.scratch.mount()]),
         volumes: fds.add(mounts.volumes.iter().map(OwnedFd::as_fd)),
     };
     let payload = prepared.payload.as_ref().filter(|_| first).map(|payload| fds.add([payload.as_fd()]));
@@ -216,7 +216,7 @@ fn carried(job: &JobPlan, prepared: &Prepared, first: bool) -> u64 {
     if first {
         return job.files.iter().map(|file| (file.bytes.len() as u64).next_multiple_of(PAGE)).sum();
     }
-    prepared.disk_use().bytes
+    prepared.scratch.memory_bytes()
 }
 
 pub(crate) fn indices<'a>(fds: &mut FdList<'a>, tasks: &[BorrowedFd<'a>]) -> Vec<FdIndex> {

@@ -21,8 +21,9 @@ use crate::cgroup::{JobCgroup, Readings};
 use crate::engine::Order;
 use crate::observe::{Observer, Stream};
 use crate::plan::StepPlan;
-use crate::prepare::{DiskUse, Prepared};
+use crate::prepare::Prepared;
 use crate::refusals::Refusals;
+use crate::scratch::DiskUse;
 use crate::spawn::Running;
 use crate::terminal::{Stroke, Strokes, Terminal};
 use crate::verdict::Cause;
@@ -376,7 +377,7 @@ impl Watch<'_> {
     }
 
     fn note_disk(&mut self) {
-        let now = self.prepared.disk_use();
+        let now = self.prepared.scratch.disk_use();
         self.disk = DiskUse {
             bytes_full: self.disk.bytes_full || now.bytes_full,
             inodes_full: self.disk.inodes_full || now.inodes_full,

@@ -13,6 +13,7 @@ mod memory;
 mod output;
 mod outside;
 mod row;
+mod scratch;
 mod steps;
 mod time;
 mod users;
@@ -49,6 +50,7 @@ fn every_program_gets_its_verdict() {
         steps::rows,
         layers::rows,
         volumes::rows,
+        scratch::rows,
     ] {
         rows.extend(part());
     }
@@ -86,8 +88,11 @@ fn run(home: &Home, row: &Row) -> Result<bool, String> {
             return Ok(false);
         }
         let place = format!("row `{}`, job {}", row.name, number + 1);
-        let result =
-            home.run(&job.spec).map_err(|e| format!("{place}:\n  {e}\n  spec: {}\n", short(&job.spec)))?;
+        let mut command = home.command();
+        command.envs(row.env.iter().copied());
+        let result = home
+            .run_with(command, &job.spec)
+            .map_err(|e| format!("{place}:\n  {e}\n  spec: {}\n", short(&job.spec)))?;
         let faults = job.faults(&result);
         if !faults.is_empty() {
             let result = serde_json::to_value(&result).map_err(|e| e.to_string())?;

@@ -112,11 +112,13 @@ pub(crate) struct Row {
     pub(crate) name: String,
     pub(crate) jobs: Vec<Job>,
     pub(crate) on_host: Vec<HostCheck>,
+    /// Settings of the worker, as variables.
+    pub(crate) env: Vec<(&'static str, &'static str)>,
 }
 
 /// A row that expects success, until told otherwise.
 pub(crate) fn row(name: impl Into<String>, spec: Spec) -> Row {
-    Row { name: name.into(), jobs: Vec::new(), on_host: Vec::new() }.then(spec)
+    Row { name: name.into(), jobs: Vec::new(), on_host: Vec::new(), env: Vec::new() }.then(spec)
 }
 
 impl Row {
@@ -132,6 +134,12 @@ impl Row {
             limit: None,
             checks: Vec::new(),
         });
+        self
+    }
+
+    /// The worker has this setting.
+    pub(crate) fn with_env(mut self, setting: (&'static str, &'static str)) -> Self {
+        self.env.push(setting);
         self
     }
 

@@ -70,7 +70,7 @@ pub(super) fn commit(
         latest_s: plan.commit_time_s.unwrap_or(below_s),
         linked: HashMap::new(),
     };
-    for upper in &prepared.uppers {
+    for upper in &prepared.scratch.uppers {
         let mut walk = Walk::new(&upper.dir, &upper.prefix)?;
         while let Some(entry) = walk.next()? {
             if is_own(&entry.path) || entry.name.to_bytes().starts_with(b".wh.") {

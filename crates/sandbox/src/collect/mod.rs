@@ -65,7 +65,7 @@ fn listed(plan: &JobPlan, prepared: &Prepared, config: &EngineConfig) -> io::Res
     let mut archive = ArchiveWriter::new(&config.data_dir, config.max_archive_bytes)?;
     let mut outputs = Outputs::default();
     let (begun, mut listed) = (Instant::now(), 0);
-    'uppers: for upper in &prepared.uppers {
+    'uppers: for upper in &prepared.scratch.uppers {
         let mut walk = Walk::new(&upper.dir, &upper.prefix)?;
         while let Some(entry) = walk.next()? {
             let path = entry.shown_path();

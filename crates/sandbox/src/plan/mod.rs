@@ -32,6 +32,8 @@ pub(crate) struct Abilities {
     pub(crate) swap: bool,
     /// The highest resource limits that this process may give.
     pub(crate) hard_limits: HardLimits,
+    /// Whether scratch space can be on disk; if not, why.
+    pub(crate) images: Result<(), String>,
 }
 
 /// Resource limits that this process cannot raise: getrlimit(2).
@@ -81,6 +83,8 @@ pub(crate) struct JobPlan {
     pub(crate) steps: Vec<StepPlan>,
     pub(crate) disk_bytes: u64,
     pub(crate) disk_inodes: u64,
+    /// Whether what the job writes goes to the disk, not to memory.
+    pub(crate) scratch_on_disk: bool,
     pub(crate) globs: Vec<String>,
     /// Whether what the job wrote becomes a layer.
     pub(crate) commit: bool,
@@ -136,6 +140,7 @@ impl JobPlan {
             steps: steps(spec, config, abilities)?,
             disk_bytes: limits.disk_bytes,
             disk_inodes: limits.disk_inodes,
+            scratch_on_disk: limits.disk_bytes > config.scratch_memory_bytes,
             globs: spec.outputs.paths.clone(),
             commit: spec.outputs.layer,
             commit_time_s: spec.env.get("SOURCE_DATE_EPOCH").and_then(|epoch| epoch.parse().ok()),
@@ -190,9 +195,11 @@ fn check_abilities(
             return Err(Refusal::spec(&format!("{path}.{name}"), message));
         }
     }
-    if limits.disk_bytes > config.scratch_memory_bytes {
+    if limits.disk_bytes > config.scratch_memory_bytes
+        && let Err(why) = &abilities.images
+    {
         let message = format!(
-            "{} is above this worker's scratch space of {}",
+            "{} is above what this worker keeps in memory ({}), and it has no scratch space on disk: {why}",
             limits.disk_bytes, config.scratch_memory_bytes
         );
         return Err(Refusal::spec(&format!("{path}.disk_bytes"), message));

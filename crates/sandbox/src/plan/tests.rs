@@ -17,6 +17,7 @@ fn abilities() -> Abilities {
         processors: Some([0, 1].into()),
         swap: true,
         hard_limits: HardLimits { open_files: 4096, stack_bytes: 1 << 30, core_bytes: 0 },
+        images: Err("no loop devices".to_owned()),
     }
 }
 
@@ -85,7 +86,7 @@ fn what_cannot_be_had_is_refused() {
         ),
         (
             r#"{"layers": ["host"], "command": ["a"], "limits": {"disk_bytes": 999999999}}"#,
-            &["limits.disk_bytes", "268435456"],
+            &["limits.disk_bytes", "268435456", "no loop devices"],
         ),
         (
             r#"{"layers": ["host"], "steps": [{"name": "x", "command": ["a"], "limits": {"open_files": 5000}}]}"#,
