@@ -50,8 +50,8 @@ fn trees_that_fork_while_they_are_killed_die() {
     let long = std::env::var("HUTCH_LONG_TESTS").is_ok_and(|value| value == "1");
     let count = if long { 1000 } else { 60 };
     let up = house.serve(&["up", "--slots", &SLOTS.to_string()]);
-    let worker = up.process();
-    let [launcher] = &worker.children()[..] else { panic!("not one launcher") };
+    let [engine] = &up.process().children()[..] else { panic!("not one engine") };
+    let [launcher] = &engine.children()[..] else { panic!("not one launcher") };
     let mut slowest = Duration::ZERO;
     for number in 0..count {
         let took = kill_one(&up, if number % 2 == 0 { FORKING } else { BOMB });
@@ -67,12 +67,12 @@ fn trees_that_fork_while_they_are_killed_die() {
     }
     eprintln!("{count} of {count} trees dead, the slowest {slowest:?} after its end was due");
     // A directory in each hierarchy for each group that was made ahead.
-    let homes = worker.cgroup_homes().len();
+    let homes = engine.cgroup_homes().len();
     let begun = Instant::now();
-    while worker.cgroups() > homes * SLOTS && begun.elapsed() < SOON {
+    while engine.cgroups() > homes * SLOTS && begun.elapsed() < SOON {
         std::thread::sleep(Duration::from_millis(5));
     }
-    assert!(worker.cgroups() <= homes * SLOTS, "{} cgroups left", worker.cgroups());
+    assert!(engine.cgroups() <= homes * SLOTS, "{} cgroups left", engine.cgroups());
     let result: Value = up.post("/v1/jobs?wait_ms=60000", &json!({"layers": ["host"], "command": ["true"]}));
     assert_eq!(result["status"], "succeeded", "{result}");
 }
