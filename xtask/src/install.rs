@@ -25,6 +25,13 @@ pub(crate) const FOR_TESTS: &[Package] = &[
     ("e2fsprogs", "/usr/sbin/mkfs.ext4"),
 ];
 
+/// What the virtual machine uses.
+pub(crate) const FOR_VM: &[Package] = &[
+    ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),
+    ("busybox-static", "/bin/busybox"),
+    ("e2fsprogs", "/sbin/mkfs.ext4"),
+];
+
 /// Tools from PyPI for the tests: the command, and what pip installs.
 const TOOLS: &[(&str, &str)] = &[("cepheus", "cepheus-engine==1.1.1")];
 

@@ -1,9 +1,10 @@
-//! What developers run: `cargo xtask test`, `weak`, `threat-table`, `check`, `bench`, `schema`, `fuzz`.
+//! What developers run: `cargo xtask test`, `vm-test`, `weak`, `threat-table`, `check`, `bench`, `schema`, `fuzz`.
 
 mod check;
 mod install;
 mod suite;
 mod threat_table;
+mod vm;
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -25,6 +26,17 @@ enum Task {
         /// Run the long forms of soaks too
         #[arg(long)]
         long: bool,
+    },
+    /// Run suites in a virtual machine with Debian's kernel and cgroup v2 alone
+    VmTest {
+        /// Which suites; all but the long ones if none is named
+        suites: Vec<String>,
+        /// Run what takes long too
+        #[arg(long)]
+        long: bool,
+        /// A shell in the guest in place of suites
+        #[arg(long)]
+        shell: bool,
     },
     /// Build the binary with defences that can be taken away, which the hostile tests use
     Weak,
@@ -66,6 +78,7 @@ fn cargo(args: &[&str], env: &[(&str, &str)]) -> anyhow::Result<()> {
 fn main() -> anyhow::Result<()> {
     match Args::parse().task {
         Task::Test { long } => suite::run(long),
+        Task::VmTest { suites, long, shell } => vm::run(&suites, long, shell),
         Task::Weak => suite::weak(),
         Task::ThreatTable { files } => threat_table::merge(&files),
         Task::Check => check::run(),

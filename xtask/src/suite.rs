@@ -1,10 +1,11 @@
 //! The whole suite, in the order in which things break: packages, formatting, architecture, lints, tests.
 
 use std::fs;
+use std::io::Write as _;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use crate::{cargo, check, install};
+use crate::{cargo, check, install, vm};
 
 /// Where tests say what they could not do, a line each.
 const SKIPPED: &str = "target/skipped.txt";
@@ -28,6 +29,7 @@ pub(crate) fn run(long: bool) -> anyhow::Result<()> {
         env.push(("HUTCH_LONG_TESTS", "1"));
     }
     cargo(&["test", "--workspace", "--no-fail-fast"], &env)?;
+    vm::run(&[], long, false)?;
     let reasons = fs::read_to_string(SKIPPED).unwrap_or_default();
     eprintln!("\nall tests passed in {} s; {} skipped", begun.elapsed().as_secs(), reasons.lines().count());
     for reason in reasons.lines() {
@@ -39,6 +41,12 @@ pub(crate) fn run(long: bool) -> anyhow::Result<()> {
 /// Builds the binary with defences that can be taken away: alone, so that the feature is not unified into the product.
 pub(crate) fn weak() -> anyhow::Result<()> {
     cargo(&["build", "--package", "hutch-weak", "--features", "weaken"], &[])
+}
+
+/// Counts what could not be tested, with its reason.
+pub(crate) fn count_skipped(what: &str) -> anyhow::Result<()> {
+    let mut file = fs::OpenOptions::new().create(true).append(true).open(SKIPPED)?;
+    Ok(writeln!(file, "{what}")?)
 }
 
 /// Licences, sources and bans of all that is depended on, by cargo-deny (deny.toml), where it is installed.
