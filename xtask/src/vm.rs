@@ -80,7 +80,9 @@ pub(crate) fn run(names: &[String], long: bool, shell: bool) -> anyhow::Result<(
     let begun = Instant::now();
     let ended = guest::boot(&kernel, &dir, &share, patience, shell);
     report(&share, &chosen, shell, &ended)?;
-    eprintln!("vm: all suites passed in {} s", begun.elapsed().as_secs());
+    if !shell {
+        eprintln!("vm: all suites passed in {} s", begun.elapsed().as_secs());
+    }
     for suite in &chosen {
         if let Some(why) = suite.left_out {
             skip(&format!("vm, {}: {why}", suite.name))?;
