@@ -32,7 +32,9 @@ pub(crate) fn run(long: bool) -> anyhow::Result<()> {
     if long {
         vm::run(&[], false, false)?;
     } else {
-        count_skipped("the suites on cgroup v2 in a virtual machine: part of --long; `cargo xtask vm-test` runs them")?;
+        count_skipped(
+            "the suites on cgroup v2 in a virtual machine: part of --long; `cargo xtask vm-test` runs them",
+        )?;
     }
     let reasons = fs::read_to_string(SKIPPED).unwrap_or_default();
     eprintln!("\nall tests passed in {} s; {} skipped", begun.elapsed().as_secs(), reasons.lines().count());
