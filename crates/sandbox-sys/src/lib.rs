@@ -13,6 +13,7 @@ pub mod bpf;
 mod channel;
 mod child;
 pub mod defence;
+pub mod heap;
 mod launcher;
 pub mod loopdev;
 pub mod mount;

@@ -43,6 +43,7 @@ use settings::Flags;
 /// The whole of the program: what `main` is.
 #[must_use]
 pub fn main() -> ExitCode {
+    hutch_sandbox::heap::give_back_what_is_large();
     let cli = Cli::parse();
     let on_error = exit::on_error(&cli.command);
     let config = cli.config.clone();
