@@ -32,3 +32,12 @@ pub fn log() {
     // Another test of this process has done so before.
     drop(logs);
 }
+
+/// Whether the owners of the files there can be mapped by a mount: mount_setattr(2). File systems that hand on another's
+/// files (an overlay, what a network or a virtual machine's host shares) cannot.
+#[must_use]
+pub fn has_idmapped_mounts(path: &std::path::Path) -> bool {
+    use nix::sys::statfs::{FUSE_SUPER_MAGIC, NFS_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC, statfs};
+    let without = [FUSE_SUPER_MAGIC, NFS_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC];
+    statfs(path).is_ok_and(|found| !without.contains(&found.filesystem_type()))
+}

@@ -109,7 +109,7 @@ fn prepare(share: &Path, chosen: &[&Suite], long: bool, shell: bool) -> anyhow::
     for (name, value) in [
         ("HUTCH_BIN", binary("hutch")),
         ("HUTCH_WEAK_BIN", binary("hutch-weak")),
-        ("HUTCH_TEST_PROGRAMS", "/run/vm/programs".to_owned()),
+        ("HUTCH_TEST_PROGRAMS", "/run/tmp/programs".to_owned()),
         ("HUTCH_SKIPPED", "/run/vm/skipped".to_owned()),
         ("HUTCH_HOSTILE_TABLE", "/run/vm/hostile-table".to_owned()),
         ("RUST_BACKTRACE", "1".to_owned()),

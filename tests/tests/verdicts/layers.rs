@@ -40,6 +40,7 @@ fn host() -> Vec<Row> {
         .output("/usr/bin/env", OutputKind::Deleted)
         .output("/usr/bin/id", OutputKind::File)
         .output("/etc/profile", OutputKind::File)
+        .owns_host_files()
         .on_host(untouched)
         .then(sh("cat /usr/share/hutch-test-canary; grep -c canary /etc/profile; env true; id -u"))
         .stdout("0\n1001\n"),
@@ -97,6 +98,7 @@ fn outputs() -> Vec<Row> {
         }),
         row("what was deleted", root("rm -r /usr/share/doc /etc/profile; echo x > /tmp/gone; rm /tmp/gone", &["/usr/share/*", "/etc/*", "/tmp/*"]))
             .outputs(&["/etc/profile", "/usr/share/doc"])
+            .owns_host_files()
             .output("/usr/share/doc", OutputKind::Deleted)
             .output("/etc/profile", OutputKind::Deleted),
         row("what was moved", root("mv /etc/profile /etc/moved", &["/etc/*"]))
@@ -116,7 +118,7 @@ fn outputs() -> Vec<Row> {
             .outputs(&["/box/x"])
             .check(|result| holds(result.outputs.truncated, || "not truncated".to_owned()))
             .check(|result| holds(result.timeline.collect_us < 10_000_000, || "it took long".to_owned())),
-        row("directories as deep as they go", sh("i=0; while [ $i -lt 1000 ]; do mkdir d && cd d || break; i=$((i+1)); done; echo $i > x").set("outputs", json!({"paths": ["/home/job/**"]})).set("env", json!({"PATH": "/bin"})))
+        row("directories as deep as they go", sh("i=0; while [ $i -lt 1000 ]; do mkdir d && cd d || break; i=$((i+1)); done; echo $i > x").set("outputs", json!({"paths": ["/home/job/**"]})).set("env", json!({"PATH": "/bin"})).limits(json!({"wall_time_ms": 600_000})))
             .check(|result| same("outputs", &result.outputs.files.len(), &1001)),
     ]
 }

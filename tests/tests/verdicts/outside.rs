@@ -184,8 +184,8 @@ fn resource_limits_of_hutch_s_own_are_not_the_program_s() {
     if !can_run("inherited resource limits") {
         return;
     }
-    let script = "ulimit -S -t 1 -c 0 -u 50 -d 500000; exec \"$@\"";
-    let spin = "import time\nwhile time.process_time() < 1.6: pass\nprint('done')";
+    let script = "ulimit -S -t 4 -c 0 -u 50 -d 500000; exec \"$@\"";
+    let spin = "import time\nwhile time.process_time() < 4.6: pass\nprint('done')";
     let spec = json!({"layers": ["host"], "command": ["python3", "-c", spin]});
     let result = run_from(script, &spec);
     assert_eq!(

@@ -114,14 +114,23 @@ pub(crate) struct Row {
     pub(crate) on_host: Vec<HostCheck>,
     /// Settings of the worker, as variables.
     pub(crate) env: Vec<(&'static str, &'static str)>,
+    /// Whether the owners of the host's files must be mapped into the sandbox: its root then may change them.
+    pub(crate) owns_host_files: bool,
 }
 
 /// A row that expects success, until told otherwise.
 pub(crate) fn row(name: impl Into<String>, spec: Spec) -> Row {
-    Row { name: name.into(), jobs: Vec::new(), on_host: Vec::new(), env: Vec::new() }.then(spec)
+    Row { name: name.into(), jobs: Vec::new(), on_host: Vec::new(), env: Vec::new(), owns_host_files: false }
+        .then(spec)
 }
 
 impl Row {
+    /// Needs a host whose files' owners can be mapped.
+    pub(crate) fn owns_host_files(mut self) -> Self {
+        self.owns_host_files = true;
+        self
+    }
+
     /// Another job, after the ones before it.
     pub(crate) fn then(mut self, Spec(spec): Spec) -> Self {
         self.jobs.push(Job {

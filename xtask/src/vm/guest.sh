@@ -21,6 +21,9 @@ if [ -n "$VM_SHELL" ]; then
     exit
 fi
 
+# The tests' own programs are layers: on the disk, where their owners can be mapped.
+cp -a /run/vm/programs /run/tmp/programs
+
 # A line: name, seconds that it may take, directory, program, arguments.
 while read -r name patience dir program arguments; do
     echo "vm: $name"
