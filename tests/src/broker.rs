@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 /// Where Debian's package has the server's own scripts, without the wrappers that change user.
 const SCRIPTS: &str = "/usr/lib/rabbitmq/bin";
 /// Longest wait for a server to come up, on a machine that is busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(600);
 /// Seconds without a test after which the shared server ends.
 const LINGER_S: u32 = 30;
 /// Longest wait for a server to write down which quorum queues it has.

@@ -275,7 +275,7 @@ fn hutch_run_leaves_its_volumes_and_outputs_alone() {
     let home = Home::new();
     let run = || {
         let spec = json!({
-            "layers": ["host"], "command": ["sh", "-c", "echo x > /v/x; echo y > ~/y"],
+            "layers": ["host"], "command": ["sh", "-c", "echo x > /v/x; echo y > ~/y; touch -d @1700000000 ~/y"],
             "volumes": [{"volume": "v", "target": "/v"}], "outputs": {"paths": ["/home/**"]},
         });
         home.run(&spec).unwrap()
