@@ -19,7 +19,7 @@ use crate::cgroup::{Cgroups, GroupWatch, JobCgroup};
 use crate::collect::{self, Collected};
 use crate::config::EngineConfig;
 use crate::course::Course;
-use crate::exec::{ExecEnd, ExecError, ExecOrder, Inside};
+use crate::exec::{Entered, ExecError, ExecOrder, Inside};
 use crate::host::{self, IdRanges};
 use crate::hostlayer::HostLayer;
 use crate::observe::{Observer, SlotGauges};
@@ -291,19 +291,13 @@ impl Engine {
         Live { engine: self, slot }
     }
 
-    /// Runs one more program in a job that runs here, with every restriction of the job's own: see [`ExecOrder`]. When
-    /// the future is dropped, the program is killed.
+    /// Brings one more program into a job that runs here, with every restriction of the job's own: see [`ExecOrder`].
     ///
     /// # Errors
     /// If no such job runs here now, or the program could not be brought in.
-    pub async fn exec(
-        &self,
-        id: JobId,
-        order: ExecOrder,
-        observer: &dyn Observer,
-    ) -> Result<ExecEnd, ExecError> {
+    pub(crate) async fn enter(&self, id: JobId, order: &ExecOrder) -> Result<Entered, ExecError> {
         let inside = self.insides().get(&id).cloned().ok_or(ExecError::NotRunning(id))?;
-        match crate::exec::exec(&self.0.launcher, &inside, order, observer).await {
+        match crate::exec::enter(&self.0.launcher, &inside, order).await {
             // Whatever failed, failed because the job ended meanwhile.
             Err(ExecError::Host(_)) if inside.has_ended() => Err(ExecError::NotRunning(id)),
             other => other,

@@ -17,11 +17,12 @@ use std::time::{Duration, Instant};
 
 use hutch_proto::{JobResult, JobSpec, Reason, Timestamp};
 use hutch_sandbox::{
-    Engine, EngineConfig, ExecOrder, JobFacts, Launcher, Observer, Order, Stream, Stroke, Strokes,
-    Unobserved, WindowSize,
+    Engine, EngineConfig, EngineHandle, ExecOrder, JobFacts, Launcher, Observer, Order, Stream, Stroke,
+    Strokes, Unobserved, WindowSize,
 };
 use hutch_tests::processes::{Process, size};
 use serde_json::{Value, json};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 type Failure = Box<dyn std::error::Error>;
@@ -51,7 +52,7 @@ fn main() -> Result<(), Failure> {
         }
         ["exec", dir, orders] => {
             let engine = Engine::new(launcher, open_config(dir, 1))?;
-            runtime.block_on(exec(engine, &serde_json::from_str(orders)?))
+            runtime.block_on(exec(engine.into(), &serde_json::from_str(orders)?))
         }
         _ => Err("many DIR COUNT, sleep DIR COUNT, exec DIR ORDERS, or once DIR SPEC [ALLOWED]".into()),
     }
@@ -92,7 +93,7 @@ impl Kept {
 
 /// Runs `job`, and in it, when its output has begun, one after another of `execs`; then, unless it is to `end` by itself,
 /// calls it off. Says how all of them ended.
-async fn exec(engine: Engine, orders: &Value) -> Result<(), Failure> {
+async fn exec(engine: EngineHandle, orders: &Value) -> Result<(), Failure> {
     let job = JobSpec::parse(orders["job"].to_string().as_bytes())?;
     let (id, cancel) = (job.id, CancellationToken::new());
     let order = Order { job, slot: 0, cancel: cancel.clone(), strokes: None };
@@ -129,10 +130,21 @@ async fn exec(engine: Engine, orders: &Value) -> Result<(), Failure> {
             env: serde_json::from_value(wanted["env"].clone()).unwrap_or_default(),
             cwd: wanted["cwd"].as_str().map(str::to_owned),
             terminal: wanted["tty"].as_bool().map(|_| WindowSize { rows: 24, columns: 80 }),
-            strokes: typed,
         };
+        let (output, mut written) = mpsc::channel(16);
         let heard = Kept::default();
-        let end = match engine.exec(id, order, &heard).await {
+        let (end, ()) = tokio::join!(
+            async {
+                let output = output;
+                engine.exec(id, &order, &typed, &output).await
+            },
+            async {
+                while let Some((stream, bytes)) = written.recv().await {
+                    heard.output("", stream, &bytes);
+                }
+            }
+        );
+        let end = match end {
             Ok(end) => json!(end.code()),
             Err(error) => json!(error.to_string()),
         };

@@ -71,6 +71,7 @@ fn files() -> Vec<Row> {
             .stdout("1\n"),
         row("a file over one of the layer's", sh("cat /etc/profile").file("/etc/profile", "mine\n", "0644")).stdout("mine\n"),
         row("a file below a link of the layer's", sh("cat /usr/lib/x/y; cat /lib/x/y").file("/lib/x/y", "there\n", "0644"))
+            .owns_host_files()
             .stdout("there\nthere\n"),
         row("a large file", argv(&["wc", "-c", "/box/x"]).file("/box/x", &"x".repeat(4 << 20), "0644"))
             .stdout("4194304 /box/x\n")

@@ -13,6 +13,7 @@ use hutch_sandbox_sys::PacketSocket;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
+use super::exec_side::ExecSide;
 use super::layers_side::LayersSide;
 use super::message::{ASK_FDS, Ask, Tell, is_stderr, job_of, report_parts};
 use super::wire::{self, LinkError, MAX_PACKET, Message};
@@ -136,6 +137,7 @@ pub(super) fn serve(socket: PacketSocket, engine: Engine, runtime: &Runtime, mos
         slots: (0..engine.slots()).map(|_| Arc::default()).collect(),
         engine: engine.clone(),
         layers: LayersSide::new(engine.trees(), outbox.clone()),
+        execs: ExecSide::new(engine.clone(), outbox.clone()),
         outbox: outbox.clone(),
         runtime,
     };
@@ -164,6 +166,7 @@ struct EngineSide<'a> {
     engine: Engine,
     slots: Vec<Arc<Slot>>,
     layers: LayersSide,
+    execs: ExecSide,
     outbox: Outbox,
     runtime: &'a Runtime,
 }
@@ -186,6 +189,8 @@ impl EngineSide<'_> {
                 });
             }
             Ask::Layers { ticket, ask } => self.layers.perform(ticket, ask, message.fds, self.runtime),
+            Ask::Exec { exec, job } => self.execs.enter(exec, &job, &message.parts, self.runtime)?,
+            Ask::Leave { exec } => self.execs.leave(exec),
             Ask::Gauges { ticket } => {
                 let slots = self.engine.gauges().into_iter().map(Into::into).collect();
                 self.outbox.event(Message::of(Tell::Gauges { ticket, slots }));

@@ -2,13 +2,17 @@
 
 use std::sync::Arc;
 
+use hutch_proto::JobId;
 use hutch_trees::Trees;
+use tokio::sync::mpsc;
 
 use super::remote_trees::RemoteTrees;
 use super::worker_side::RemoteEngine;
 use crate::engine::{Engine, Order};
-use crate::observe::{Observer, SlotGauges};
+use crate::exec::{Entered, ExecEnd, ExecError, ExecOrder, attend};
+use crate::observe::{Observer, SlotGauges, Stream};
 use crate::report::Report;
+use crate::terminal::Strokes;
 
 /// An engine in this process or in one of its own; cheap to clone.
 #[derive(Debug, Clone)]
@@ -36,6 +40,28 @@ impl EngineHandle {
         match &self.0 {
             Place::Here(engine) => engine.run(order, observer).await,
             Place::There(engine) => engine.run(order, observer).await,
+        }
+    }
+
+    /// Runs one more program in a job that runs here, with every restriction of the job's own: see [`ExecOrder`]. Strokes
+    /// go to it, its output comes from it, both at the pace of who is slower; the end of the strokes ends a pipe's input,
+    /// and leaves a terminal open. When the future is dropped, the program is killed.
+    ///
+    /// # Errors
+    /// If no such job runs here now, or the program could not be brought in.
+    pub async fn exec(
+        &self,
+        id: JobId,
+        order: &ExecOrder,
+        strokes: &Strokes,
+        output: &mpsc::Sender<(Stream, Vec<u8>)>,
+    ) -> Result<ExecEnd, ExecError> {
+        match &self.0 {
+            Place::Here(engine) => {
+                let Entered { streams, program } = engine.enter(id, order).await?;
+                attend(streams, strokes, output, program.end()).await
+            }
+            Place::There(engine) => engine.exec(id, order, strokes, output).await,
         }
     }
 

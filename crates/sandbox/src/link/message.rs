@@ -9,20 +9,22 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use hutch_proto::{
-    Captured, Content, Digest, JobSpec, LimitHit, Outputs, Reason, Status, StepResult, Timestamp, Usage,
+    Captured, Content, Digest, JobId, JobSpec, LimitHit, Outputs, Reason, Status, StepResult, Timestamp,
+    Usage,
 };
 use hutch_trees::LayerFacts;
 use serde::{Deserialize, Serialize};
 
 use super::wire::LinkError;
 use crate::collect::CommittedLayer;
+use crate::exec::{ExecEnd, ExecError, Streams};
 use crate::observe::{SlotGauges, Stream};
 use crate::report::{Durations, Report, concatenated};
 
 /// Descriptors that a worker's message may bring: its body, and the bytes of a layer.
 pub(super) const ASK_FDS: usize = 2;
-/// Descriptors that an engine's message may bring: its body, an archive, and a committed layer.
-pub(super) const TELL_FDS: usize = 3;
+/// Descriptors that an engine's message may bring: its body, and an archive and a committed layer, or three streams.
+pub(super) const TELL_FDS: usize = 4;
 
 /// What a worker asks of the engine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +43,14 @@ pub(super) enum Ask {
     Gauges { ticket: u64 },
     /// Something about layers.
     Layers { ticket: u64, ask: AskLayers },
+    /// Bring a program into the job of this id. Part: the [`ExecOrder`](crate::ExecOrder) as JSON.
+    Exec {
+        /// A number of the worker's choice, by which both speak of it.
+        exec: u64,
+        job: String,
+    },
+    /// Nobody waits for that program any more; of no effect if it has ended.
+    Leave { exec: u64 },
 }
 
 /// What a worker asks about layers. Diff ids are their hex digits.
@@ -108,6 +118,74 @@ pub(super) enum Tell {
     Gauges { ticket: u64, slots: Vec<WireGauges> },
     /// Something about layers.
     Layers { ticket: u64, tell: TellLayers },
+    /// A program is in its job. Descriptors: our ends of its stdout and stderr; and of its stdin, or else its terminal.
+    Entered { exec: u64, third: Third },
+    /// A program has ended, or was not brought in.
+    Ended { exec: u64, end: Result<ExecEnd, Refused> },
+}
+
+/// What comes along as the third stream of a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Third {
+    Stdin,
+    Terminal,
+    Nothing,
+}
+
+/// [`ExecError`], without the job that it is about.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Refused {
+    NotRunning,
+    Wrong(String),
+    Host(String),
+}
+
+impl Refused {
+    pub(super) fn about(self, id: JobId) -> ExecError {
+        match self {
+            Self::NotRunning => ExecError::NotRunning(id),
+            Self::Wrong(why) => ExecError::Wrong(why),
+            Self::Host(why) => ExecError::Host(why),
+        }
+    }
+}
+
+impl From<ExecError> for Refused {
+    fn from(error: ExecError) -> Self {
+        match error {
+            ExecError::NotRunning(_) => Self::NotRunning,
+            ExecError::Wrong(why) => Self::Wrong(why),
+            ExecError::Host(why) => Self::Host(why),
+        }
+    }
+}
+
+/// The descriptors of a program's streams, as they travel.
+pub(super) fn stream_fds(streams: Streams) -> (Third, Vec<OwnedFd>) {
+    let third = match (&streams.stdin, &streams.terminal) {
+        (Some(_), _) => Third::Stdin,
+        (None, Some(_)) => Third::Terminal,
+        (None, None) => Third::Nothing,
+    };
+    let others = streams.stdin.into_iter().chain(streams.terminal);
+    (third, [streams.stdout, streams.stderr].into_iter().chain(others).collect())
+}
+
+/// The streams of these descriptors.
+pub(super) fn streams_of(third: Third, fds: Vec<OwnedFd>) -> Result<Streams, LinkError> {
+    let mut fds = fds.into_iter();
+    match (fds.next(), fds.next(), fds.next(), fds.next(), third) {
+        (Some(stdout), Some(stderr), None, _, Third::Nothing) => {
+            Ok(Streams { stdout, stderr, stdin: None, terminal: None })
+        }
+        (Some(stdout), Some(stderr), stdin @ Some(_), None, Third::Stdin) => {
+            Ok(Streams { stdout, stderr, stdin, terminal: None })
+        }
+        (Some(stdout), Some(stderr), terminal @ Some(_), None, Third::Terminal) => {
+            Ok(Streams { stdout, stderr, stdin: None, terminal })
+        }
+        _ => Err(LinkError::Wrong("a program's streams")),
+    }
 }
 
 /// [`SlotGauges`] without the names of what is always the same.

@@ -6,9 +6,11 @@
 //! 3. Over the link goes what `message` lists, on the wire as `wire` says; `engine_side` trusts none of it.
 
 mod engine_side;
+mod exec_side;
 mod handle;
 mod layers_side;
 mod message;
+mod remote_exec;
 mod remote_trees;
 mod wire;
 mod worker_side;

@@ -14,6 +14,7 @@ use hutch_sandbox_sys::separate::Privileged;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::message::{Ask, TELL_FDS, Tell, TellLayers, job_parts, report_of};
+use super::remote_exec::Exec;
 use super::wire::{self, LinkError, MAX_PACKET, Message};
 use crate::engine::Order;
 use crate::observe::{Observer, SlotGauges, Stream};
@@ -33,15 +34,17 @@ pub(crate) struct RemoteEngine {
     socket: Arc<PacketSocket>,
     process: Privileged,
     reaped: u64,
-    state: Arc<State>,
+    pub(super) state: Arc<State>,
 }
 
 /// What both the reading thread and those who ask see.
 #[derive(Debug, Default)]
-struct State {
-    gone: AtomicBool,
+pub(super) struct State {
+    pub(super) gone: AtomicBool,
     unfit: AtomicBool,
-    next: AtomicU64,
+    /// The next number of a run, a ticket or a program.
+    pub(super) next: AtomicU64,
+    execs: Mutex<HashMap<u64, Exec>>,
     runs: Mutex<HashMap<u64, Run>>,
     /// Somebody's run has ended.
     ended: Notify,
@@ -76,6 +79,10 @@ impl State {
         self.runs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn execs(&self) -> MutexGuard<'_, HashMap<u64, Exec>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn tickets(&self) -> MutexGuard<'_, HashMap<u64, sync_mpsc::Sender<Answer>>> {
         self.tickets.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -97,6 +104,7 @@ impl State {
         socket.close();
         self.gone.store(true, Ordering::SeqCst);
         self.runs().clear();
+        self.execs().clear();
         self.tickets().clear();
         self.ended.notify_waiters();
     }
@@ -128,6 +136,8 @@ impl State {
                 self.answer(ticket, Answer::Gauges(slots.into_iter().map(Into::into).collect()));
             }
             Tell::Layers { ticket, tell } => self.answer(ticket, Answer::Layers(tell)),
+            Tell::Entered { exec, third } => self.entered(exec, third, fds),
+            Tell::Ended { exec, end } => self.exec_ended(exec, end),
         }
     }
 
@@ -159,7 +169,7 @@ impl RemoteEngine {
         Ok(engine)
     }
 
-    fn ask(&self, message: &Message<Ask>) -> Result<(), LinkError> {
+    pub(super) fn ask(&self, message: &Message<Ask>) -> Result<(), LinkError> {
         wire::send(&self.socket, message)
     }
 

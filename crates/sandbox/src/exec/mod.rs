@@ -1,8 +1,11 @@
 //! One more program in a sandbox that runs, as `docker exec` does it, with every restriction of the job on it.
 //!
 //! In order: the job's environment and limits are taken over; an usher is cloned into the sandbox and starts the program in
-//! the job's cgroup, namespaces and filter; what is typed goes in, what it writes is told, until it ends. It is killed when
-//! the job ends, and when nobody waits for it any more. What it uses counts for the job.
+//! the job's cgroup, namespaces and filter; our ends of its streams go to whoever attends to it ([`attend`]), in this
+//! process or another: what is typed goes in, what it writes comes out, until it ends. It is killed when the job ends, and
+//! when nobody waits for it any more. What it uses counts for the job.
+
+mod attend;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -11,31 +14,30 @@ use std::time::Duration;
 
 use hutch_proto::{JobId, SeccompRefused};
 use hutch_sandbox_sys::{
-    Errno, IdRange, Launcher, Plan, Program, ProgramCgroup, RECORD_BYTES, Record, Stage, Usher, Ushered,
-    WindowSize, process,
+    Errno, HandedBack, IdRange, Launcher, Plan, Program, ProgramCgroup, RECORD_BYTES, Record, Stage, Usher,
+    Ushered, WindowSize, process,
 };
+use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
 use crate::cgroup::{Entrance, GroupWatch};
-use crate::observe::{Observer, Stream};
 use crate::plan::{JobPlan, StepPlan, candidates, rlimits, text};
 use crate::refusal::Refusal;
 use crate::seccomp;
 use crate::spawn::{FdList, Running, indices, output_pipe, pipe, with_source};
-use crate::supervise::{Flow, arrival, attended, read, readable, settle, shown_at, taken_at, typed, watched};
-use crate::terminal::{Stroke, Strokes, Terminal};
+use crate::supervise::{read, readable, watched};
+
+pub(crate) use attend::{Streams, attend};
 
 /// How often it is looked whether a sandbox can be entered by now, and how long between.
 const TRIES: (u32, Duration) = (200, Duration::from_millis(10));
-/// The name of a program's step, as its observer hears it.
-const STEP: &str = "exec";
 /// The most arguments and variables, and the most bytes of them: what a job's own command may have.
 const MOST_TEXTS: usize = 4096;
 const MOST_BYTES: usize = 1 << 20;
 
 /// One more program for a running job. It has the job's user, directories, environment, resource limits and filter; a call
 /// that the filter refuses is answered with EPERM, also where the job's own program is told of, or killed.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecOrder {
     /// Program and arguments; no shell. Looked up in the job's `PATH`.
     pub command: Vec<String>,
@@ -45,12 +47,10 @@ pub struct ExecOrder {
     pub cwd: Option<String>,
     /// Its terminal, if it is to have one, and how large that is; otherwise its streams are pipes.
     pub terminal: Option<WindowSize>,
-    /// What is typed. The end of it ends a pipe's input, and leaves a terminal open.
-    pub strokes: Strokes,
 }
 
 /// How a program ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ExecEnd {
     /// It exited with this code.
     Exited(i32),
@@ -193,6 +193,7 @@ impl Inside {
 }
 
 /// Ends a program when nobody waits for it: its usher kills it.
+#[derive(Debug)]
 struct Attended(AsyncFd<OwnedFd>);
 
 impl Drop for Attended {
@@ -201,12 +202,27 @@ impl Drop for Attended {
     }
 }
 
-/// A program on its way, our ends of its streams, and where its usher tells of it.
-struct Entered {
-    usher: Ushered,
-    report: OwnedFd,
-    stdin: Option<OwnedFd>,
-    outputs: [OwnedFd; 2],
+/// A program in a job, and our ends of its streams.
+#[derive(Debug)]
+pub(crate) struct Entered {
+    pub(crate) streams: Streams,
+    pub(crate) program: Attending,
+}
+
+/// A program that is waited for; it is killed when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Attending {
+    usher: Attended,
+    report: AsyncFd<OwnedFd>,
+    _handed_back: HandedBack,
+}
+
+impl Attending {
+    /// Waits for its end.
+    pub(crate) async fn end(self) -> Result<ExecEnd, ExecError> {
+        self.usher.0.readable().await?.retain_ready();
+        outcome(&self.report)
+    }
 }
 
 async fn find_usher(launcher: &Launcher, inside: &Inside) -> Result<Usher, ExecError> {
@@ -219,7 +235,12 @@ async fn find_usher(launcher: &Launcher, inside: &Inside) -> Result<Usher, ExecE
     Err(ExecError::Host("its own program does not start".to_owned()))
 }
 
-fn start(usher: Usher, inside: &Inside, mut program: Program) -> Result<Entered, ExecError> {
+/// Has the usher start the program; what it tells of it, and our ends of the streams.
+fn start(
+    usher: Usher,
+    inside: &Inside,
+    mut program: Program,
+) -> Result<(Ushered, OwnedFd, Streams), ExecError> {
     let (report, report_end) = pipe()?;
     let input = if program.terminal.is_none() { Some(pipe()?) } else { None };
     let (stdin_end, stdin) = input.unzip();
@@ -240,100 +261,46 @@ fn start(usher: Usher, inside: &Inside, mut program: Program) -> Result<Entered,
     };
     let plan =
         Plan { hostname: String::new(), report: report_index, steps: Vec::new(), ids: inside.ids, program };
-    let usher = usher.start(&plan, &fds.0).map_err(|e| ExecError::Host(e.desc().to_owned()))?;
-    Ok(Entered { usher, report, stdin, outputs: [stdout, stderr] })
+    let ushered = usher.start(&plan, &fds.0).map_err(|e| ExecError::Host(e.desc().to_owned()))?;
+    Ok((ushered, report, Streams { stdout, stderr, stdin, terminal: None }))
 }
 
-/// Runs a program in a sandbox that runs.
-pub(crate) async fn exec(
+/// Brings a program into a sandbox that runs.
+pub(crate) async fn enter(
     launcher: &Launcher,
     inside: &Inside,
-    order: ExecOrder,
-    observer: &dyn Observer,
-) -> Result<ExecEnd, ExecError> {
-    let program = inside.program(&order)?;
+    order: &ExecOrder,
+) -> Result<Entered, ExecError> {
+    let program = inside.program(order)?;
     let usher = find_usher(launcher, inside).await?;
-    let Entered { usher: Ushered { process, mut handed_back }, report, stdin, outputs: [stdout, stderr] } =
-        start(usher, inside, program)?;
+    let (Ushered { process, mut handed_back }, report, mut streams) = start(usher, inside, program)?;
     let usher = Attended(readable(process)?);
-    let [report, stdout, stderr] = [watched(report)?, watched(stdout)?, watched(stderr)?];
-    // A pipe to it is fed as a terminal is, and closed at the end.
-    let mut input = stdin.map(attended).transpose()?.map(|fd| Terminal::new(fd, &[], false));
-    let mut arriving = match order.terminal {
-        Some(_) => Some(readable(handed_back.socket().try_clone_to_owned()?)?),
-        None => None,
-    };
-    let mut terminal: Option<Terminal> = None;
-    let (mut shows, mut types, mut open) = (true, true, [true; 2]);
-    loop {
-        let sink = terminal.as_ref().or(input.as_ref());
-        tokio::select! {
-            ready = usher.0.readable() => { ready?.retain_ready(); break }
-            ready = stdout.readable(), if open[0] => {
-                open[0] = settle(ready?, tell(&stdout, Stream::Stdout, observer, usize::MAX)?);
-            }
-            ready = stderr.readable(), if open[1] => {
-                open[1] = settle(ready?, tell(&stderr, Stream::Stderr, observer, usize::MAX)?);
-            }
-            ready = arrival(arriving.as_ref()), if arriving.is_some() => {
-                ready?;
-                let more = handed_back.receive().map_err(io::Error::from)?;
-                terminal = handed_back.take_terminal().map(attended).transpose()?
-                    .map(|fd| Terminal::new(fd, &[], false));
-                if !more || terminal.is_some() {
-                    arriving = None;
-                }
-            }
-            shown = shown_at(terminal.as_ref()), if terminal.is_some() && shows => {
-                let (ready, fd) = shown?;
-                shows = settle(ready, tell(fd, Stream::Stdout, observer, usize::MAX)?);
-            }
-            ready = taken_at(sink), if sink.is_some_and(Terminal::has_waiting) => {
-                ready?;
-                if let Some(sink) = terminal.as_mut().or(input.as_mut()) {
-                    sink.type_waiting().await?;
-                }
-            }
-            stroke = typed(Some(&order.strokes)), if types && sink.is_some_and(Terminal::takes_strokes) => {
-                match (stroke, terminal.as_mut().or(input.as_mut())) {
-                    (Some(Stroke::Resized(_)), Some(_)) if order.terminal.is_none() => {}
-                    (Some(stroke), Some(sink)) => sink.stroke(stroke),
-                    _ => types = false,
-                }
-            }
-        }
-        if !types && input.as_ref().is_some_and(|input| !input.has_waiting()) {
-            input = None;
-        }
+    if order.terminal.is_some() {
+        streams.terminal = terminal(&usher, &mut handed_back).await?;
     }
-    // Another process of the job may hold its streams still, and write for ever: what is there now is told.
-    tell(&stdout, Stream::Stdout, observer, LEFT)?;
-    tell(&stderr, Stream::Stderr, observer, LEFT)?;
-    if let Some(terminal) = terminal.filter(|_| shows) {
-        tell(&terminal.fd, Stream::Stdout, observer, LEFT)?;
-    }
-    outcome(&report)
+    Ok(Entered { streams, program: Attending { usher, report: watched(report)?, _handed_back: handed_back } })
 }
 
-/// What a pipe or a terminal holds at most.
-const LEFT: usize = 64 << 10;
-
-/// Tells what a program wrote, so much at one time that a flood does not hold up the rest.
-fn tell(from: &AsyncFd<OwnedFd>, stream: Stream, observer: &dyn Observer, most: usize) -> io::Result<Flow> {
-    let mut bytes = [0; 16 << 10];
-    let mut told = 0;
-    for _ in 0..16 {
-        let count = match read(from, &mut bytes)? {
-            Err(flow) => return Ok(flow),
-            Ok(count) => count,
-        };
-        observer.output(STEP, stream, &bytes[..count]);
-        told += count;
-        if told >= most {
-            break;
+/// The terminal that a program opens in its sandbox; none if it ends before.
+async fn terminal(usher: &Attended, handed_back: &mut HandedBack) -> io::Result<Option<OwnedFd>> {
+    let arriving = readable(handed_back.socket().try_clone_to_owned()?)?;
+    loop {
+        tokio::select! {
+            biased;
+            ready = arriving.readable() => {
+                ready?.clear_ready();
+                let more = handed_back.receive().map_err(io::Error::from)?;
+                let terminal = handed_back.take_terminal();
+                if terminal.is_some() || !more {
+                    return Ok(terminal);
+                }
+            }
+            ended = usher.0.readable() => {
+                ended?.retain_ready();
+                return Ok(handed_back.take_terminal());
+            }
         }
     }
-    Ok(Flow::More)
 }
 
 /// What the usher told of a program that has ended.
