@@ -10,6 +10,7 @@
 mod content;
 mod error;
 mod event;
+mod exec;
 mod id;
 mod layer_ref;
 mod limits;
@@ -28,6 +29,7 @@ mod validate;
 pub use content::Content;
 pub use error::{Problem, SpecError};
 pub use event::{Event, EventKind, OutputChunk};
+pub use exec::{ExecMessage, ExecRefusal, ExecSpec, ExecWord, MAX_EXEC_BYTES, MAX_EXEC_START_BYTES, TtySize};
 pub use id::{Digest, IdError, JobId};
 pub use layer_ref::LayerRef;
 pub use limits::{LimitPolicy, Limits, LimitsSpec, OutputOverflow};

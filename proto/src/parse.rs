@@ -3,6 +3,8 @@
 //! The parser stops at the first thing that is wrong. What it says of types is in the words of its own language;
 //! [`in_words`] says it in those of JSON (RFC 8259).
 
+use serde::de::DeserializeOwned;
+
 use crate::object::Object;
 use crate::{JobSpec, MAX_SPEC_BYTES, Problem, SpecError};
 
@@ -25,14 +27,19 @@ impl JobSpec {
                 ),
             )]));
         }
-        let json = str::from_utf8(json)?;
-        let mut parser = serde_json::Deserializer::from_str(json);
-        let Object(spec): Object<Self> =
-            serde_path_to_error::deserialize(&mut parser).map_err(|error| describe(json, &error))?;
-        parser.end().map_err(|error| SpecError::NotJson(error.to_string()))?;
+        let Object(spec): Object<Self> = object(json)?;
         spec.validate()?;
         Ok(spec)
     }
+}
+
+/// One value from its JSON, and nothing behind it.
+pub(crate) fn object<T: DeserializeOwned>(json: &[u8]) -> Result<T, SpecError> {
+    let json = str::from_utf8(json)?;
+    let mut parser = serde_json::Deserializer::from_str(json);
+    let value = serde_path_to_error::deserialize(&mut parser).map_err(|error| describe(json, &error))?;
+    parser.end().map_err(|error| SpecError::NotJson(error.to_string()))?;
+    Ok(value)
 }
 
 /// A parser's error as a sentence with the path of the field.

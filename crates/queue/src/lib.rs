@@ -13,6 +13,7 @@
 //!
 //! [`embedded`] is SQLite, for one machine; [`rabbitmq`] is for more than one.
 
+mod calls;
 mod cap;
 pub mod embedded;
 pub mod rabbitmq;
@@ -27,6 +28,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use hutch_proto::{Event, JobId, JobResult, JobSpec, JobState, JobView, Timestamp};
 
+pub use self::calls::{Call, Incoming};
 pub use self::unrun::Unrun;
 
 /// A queue, as a gateway or a worker sees it.
@@ -73,6 +75,15 @@ pub trait Queue: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`QueueError::Unavailable`] if the queue cannot be reached now.
     async fn consumer(&self, config: &ConsumerConfig) -> Result<Box<dyn Consumer>, QueueError>;
+
+    /// Calls whoever runs a job now, to talk with him; none if nobody says that he does.
+    ///
+    /// # Errors
+    /// [`QueueError::Unavailable`] if nobody can be called now.
+    async fn call(&self, id: JobId) -> Result<Option<Call>, QueueError>;
+
+    /// The calls about jobs whose leases are held here, for whoever asks first: he answers them.
+    fn calls(&self) -> Option<tokio::sync::mpsc::Receiver<Incoming>>;
 
     /// Whether the queue can be reached now.
     fn connected(&self) -> bool;

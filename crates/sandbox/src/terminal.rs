@@ -43,7 +43,7 @@ impl Strokes {
     }
 
     /// The next one; none when there will be no more.
-    pub(crate) async fn next(&self) -> Option<Stroke> {
+    pub async fn next(&self) -> Option<Stroke> {
         self.0.lock().await.recv().await
     }
 }

@@ -11,6 +11,7 @@ mod archive;
 mod auth;
 mod blobs;
 mod events;
+mod exec;
 mod extract;
 mod gateway;
 mod hub;

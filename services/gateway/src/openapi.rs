@@ -58,6 +58,7 @@ fn paths() -> Value {
         "/v1/jobs/{id}/events": job(json!({"get": with(op("Follow a job", &[header("Last-Event-ID", "the last event that was seen")], None, &[]),
             json!({"responses": {"200": {"description": "events until the job ends, each an Event with its kind as name",
                 "content": {"text/event-stream": {"schema": reference("Event")}}}, "204": {"description": "nothing more to come"}}}))})),
+        "/v1/jobs/{id}/exec": job(json!({"get": with(op("Run one more program in a running job, over a WebSocket", &[], None, &[]), exec_responses())})),
         "/v1/jobs/{id}/stdout": job(json!({"get": raw("What the job wrote to stdout, as far as it is kept", "text/plain")})),
         "/v1/jobs/{id}/stderr": job(json!({"get": raw("What the job wrote to stderr, as far as it is kept", "text/plain")})),
         "/v1/jobs/{id}/outputs": job(json!({"get": op("List the files that a job left", &[], None,
@@ -76,6 +77,18 @@ fn paths() -> Value {
         "/openapi.json": {"get": raw("This document", "application/json")},
         "/": {"get": raw("A page to look at jobs", "text/html")},
     })
+}
+
+fn exec_responses() -> Value {
+    let problem = |what: &str| json!({"description": what, "content": {"application/problem+json": {"schema": reference("Problem")}}});
+    let messages = "messages both ways: a byte that says what it is (0 stdin, 1 stdout, 2 stderr, 3 JSON), and the rest. The \
+                    caller begins with 3 and {\"start\": {\"command\": [\"ls\"]}}; the last message is 3 and {\"ended\": {\"exit_code\": 0}}";
+    json!({"responses": {
+        "101": {"description": messages},
+        "400": problem("not a WebSocket"),
+        "404": problem("not known"),
+        "409": problem("the job does not run"),
+    }})
 }
 
 fn with(mut value: Value, more: Value) -> Value {

@@ -11,7 +11,7 @@ use axum::routing::{MethodRouter, delete, get, post};
 
 use crate::auth::{Scope, require};
 use crate::problem::Problem;
-use crate::{Gateway, blobs, events, jobs, listing, metrics, openapi, outputs, page};
+use crate::{Gateway, blobs, events, exec, jobs, listing, metrics, openapi, outputs, page};
 
 /// Every route of the gateway.
 pub fn router(gateway: Arc<Gateway>) -> Router {
@@ -25,6 +25,7 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
         .route("/v1/jobs/batch", submit(post(jobs::batch)))
         .route("/v1/jobs/{id}", read(get(jobs::get)).merge(submit(delete(jobs::cancel))))
         .route("/v1/jobs/{id}/events", read(get(events::events)))
+        .route("/v1/jobs/{id}/exec", submit(get(exec::exec)))
         .route("/v1/jobs/{id}/stdout", read(get(outputs::stdout)))
         .route("/v1/jobs/{id}/stderr", read(get(outputs::stderr)))
         .route("/v1/jobs/{id}/outputs", read(get(outputs::list)))

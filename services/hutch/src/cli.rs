@@ -287,9 +287,29 @@ pub(crate) struct LogsArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  hutch exec 0199d0c4-7f3a-7c1e-9a55-0d8f6c1b2a34 -- ps ax
+  hutch exec 0199d0c4-7f3a-7c1e-9a55-0d8f6c1b2a34 -- bash
+  tar c src | hutch exec 0199d0c4-7f3a-7c1e-9a55-0d8f6c1b2a34 -- tar x -C /box
+
+It has the job's user and every restriction of the job's, and ends with it. Exits as the program did: its exit
+code; 128+n if signal n ended it; 126 or 127 if the command cannot be run or is not there; 125 if the job does
+not run.")]
 pub(crate) struct ExecArgs {
     /// The job's id.
     pub(crate) id: JobId,
+    /// Run it on a terminal, which is this command's own if stdin is one [default: if stdin and stdout are].
+    #[arg(short = 'T', long, overrides_with = "no_tty")]
+    pub(crate) tty: bool,
+    /// Do not run it on a terminal.
+    #[arg(long)]
+    pub(crate) no_tty: bool,
+    /// Set a variable of the environment, beside the job's own; repeatable.
+    #[arg(short, long = "env", value_name = "K=V")]
+    pub(crate) env: Vec<String>,
+    /// The directory it starts in; made if missing [default: that of the job's program].
+    #[arg(short = 'w', long, value_name = "DIR")]
+    pub(crate) cwd: Option<String>,
     /// The program and its arguments.
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub(crate) command: Vec<String>,

@@ -47,6 +47,14 @@ impl Drop for Console {
     }
 }
 
+/// What this command reads, where it is no terminal that is handed on; it ends with it.
+pub(crate) fn piped() -> Strokes {
+    let (sender, strokes) = Strokes::channel();
+    // As above.
+    std::thread::spawn(move || read_keys(&sender));
+    strokes
+}
+
 /// The size of this command's terminal.
 fn size() -> Option<WindowSize> {
     terminal_size(io::stdin().as_fd())
@@ -65,7 +73,7 @@ async fn tell_size(sender: mpsc::Sender<Stroke>) {
 }
 
 fn read_keys(sender: &mpsc::Sender<Stroke>) {
-    let mut bytes = [0; 4096];
+    let mut bytes = [0; 16 << 10];
     while let Ok(count @ 1..) = io::stdin().lock().read(&mut bytes) {
         if sender.blocking_send(Stroke::Typed(bytes[..count].to_vec())).is_err() {
             return;

@@ -23,7 +23,7 @@ const INTERRUPTED: u8 = 130;
 
 /// The exit code of a command that fails itself.
 pub(crate) fn on_error(command: &Command) -> u8 {
-    if matches!(command, Command::Run(_)) { NOT_RUN } else { FAILURE }
+    if matches!(command, Command::Run(_) | Command::Exec(_)) { NOT_RUN } else { FAILURE }
 }
 
 /// The exit code that stands for a job's result.

@@ -117,7 +117,7 @@ async fn perform(command: Command, config: Option<&Path>) -> anyhow::Result<Exit
         Command::Status(args) => remote::status(args).await,
         Command::Logs(args) => remote::logs(args).await,
         Command::Cancel(args) => remote::cancel(args).await,
-        Command::Exec(args) => Ok(remote::exec(&args)),
+        Command::Exec(args) => remote::exec(args).await,
         Command::Outputs(args) => remote::outputs(args).await,
         Command::Volume(command) => volume::volume(command, config),
         Command::Spec(command) => spec::spec(command),

@@ -32,11 +32,7 @@ pub(crate) fn job(args: &RunArgs) -> anyhow::Result<JobSpec> {
             .map(|layer| layer.parse::<LayerRef>().map_err(|error| anyhow!("--layer: {error}")))
             .collect::<Result<_, _>>()?;
     }
-    for pair in &args.env {
-        let (name, value) =
-            pair.split_once('=').with_context(|| format!("--env `{pair}`: K=V is expected"))?;
-        job.env.insert(name.to_owned(), value.to_owned());
-    }
+    job.env.extend(variables(&args.env)?);
     if let Some(cwd) = &args.cwd {
         job.cwd = Some(job_path("--cwd", cwd)?);
     }
@@ -197,6 +193,16 @@ fn limits(args: &RunArgs) -> LimitsSpec {
         stderr_bytes: args.max_output.map(|size| size.0),
         ..LimitsSpec::default()
     }
+}
+
+/// The variables of `--env`.
+pub(crate) fn variables(pairs: &[String]) -> anyhow::Result<Vec<(String, String)>> {
+    let parsed = pairs.iter().map(|pair| {
+        let (name, value) =
+            pair.split_once('=').with_context(|| format!("--env `{pair}`: K=V is expected"))?;
+        Ok((name.to_owned(), value.to_owned()))
+    });
+    parsed.collect()
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@
 mod attempt;
 mod config;
 mod drain;
+mod exec;
 mod health;
 mod http;
 mod inputs;

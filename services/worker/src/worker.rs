@@ -10,6 +10,7 @@ use prometheus::Registry;
 use tokio::task::JoinSet;
 
 use crate::attempt::Means;
+use crate::exec::answer_calls;
 use crate::health::Health;
 use crate::live::{Live, Shared};
 use crate::metrics::Metrics;
@@ -121,6 +122,12 @@ impl Worker {
             };
             slots.spawn(slot.run());
         }
+        let (engine, calls) = (self.means.engine.clone(), self.means.queue.calls());
+        let calls = tokio::spawn(async move {
+            if let Some(calls) = calls {
+                answer_calls(engine, calls).await;
+            }
+        });
         let grace = tokio::spawn(end_grace(self.drain.clone(), self.means.config.drain_grace));
         let mut end = Ok(());
         while let Some(slot) = slots.join_next().await {
@@ -132,6 +139,7 @@ impl Worker {
             }
         }
         grace.abort();
+        calls.abort();
         match self.health.broken() {
             Some(why) => Err(WorkerError::Broken(why)),
             None => end,

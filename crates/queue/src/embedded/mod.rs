@@ -28,12 +28,13 @@ use tokio::sync::{Semaphore, broadcast, oneshot};
 use self::consumer::EmbeddedConsumer;
 use self::schema::NewJob;
 use self::writer::{Command, Writer};
+use crate::calls::Switchboard;
 use crate::sequence::Sequences;
 use crate::sqlite::{self, Readers};
 use crate::unrun::Tally;
 use crate::{
-    CancelOutcome, Consumer, ConsumerConfig, Counters, ListFilter, Queue, QueueDepth, QueueError, Submitted,
-    Unrun, views,
+    Call, CancelOutcome, Consumer, ConsumerConfig, Counters, Incoming, ListFilter, Queue, QueueDepth,
+    QueueError, Submitted, Unrun, views,
 };
 
 /// KiB of specs that may wait for the writer; more wait outside.
@@ -91,6 +92,7 @@ struct Inner {
 struct Shared {
     events: broadcast::Sender<Event>,
     sequences: Sequences,
+    calls: Switchboard,
     open: AtomicBool,
     redeliveries: AtomicU64,
     unrun: Tally,
@@ -108,6 +110,7 @@ impl EmbeddedQueue {
         let shared = Arc::new(Shared {
             events: broadcast::Sender::new(options.event_buffer.max(1)),
             sequences: Sequences::default(),
+            calls: Switchboard::default(),
             open: AtomicBool::new(true),
             redeliveries: AtomicU64::new(0),
             unrun: Tally::default(),
@@ -247,6 +250,14 @@ impl Queue for EmbeddedQueue {
             return Err(QueueError::Closed);
         }
         Ok(Box::new(EmbeddedConsumer::new(Arc::clone(&self.inner), config)))
+    }
+
+    async fn call(&self, id: JobId) -> Result<Option<Call>, QueueError> {
+        Ok(self.inner.shared.calls.put_through(id))
+    }
+
+    fn calls(&self) -> Option<tokio::sync::mpsc::Receiver<Incoming>> {
+        self.inner.shared.calls.answered()
     }
 
     fn connected(&self) -> bool {

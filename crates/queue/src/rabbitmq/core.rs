@@ -28,6 +28,7 @@ use super::publisher::{PublishError, Publisher};
 use super::records::{Record, Records};
 use super::supervisor::{Link, STEP, describe};
 use super::topology::{self, Source};
+use crate::calls::Switchboard;
 use crate::sequence::Sequences;
 use crate::unrun::Tally;
 use crate::{Finished, QueueError};
@@ -49,6 +50,7 @@ pub(super) struct Core {
     pub(super) events: broadcast::Sender<Event>,
     pub(super) events_out: mpsc::Sender<Message>,
     pub(super) sequences: Sequences,
+    pub(super) calls: Switchboard,
     pub(super) redeliveries: AtomicU64,
     pub(super) unrun: Tally,
     /// A job that expires was submitted.

@@ -19,6 +19,7 @@ use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::{FieldTable, ShortString};
 use tokio::time::{Instant, timeout};
 
+use super::calls;
 use super::core::Core;
 use super::index::Index;
 use super::message;
@@ -61,15 +62,19 @@ async fn keep_fed<F: Future<Output = Result<(), QueueError>>>(
     }
 }
 
-fn unavailable(error: &lapin::Error) -> QueueError {
+pub(super) fn unavailable(error: &lapin::Error) -> QueueError {
     QueueError::Unavailable(error.to_string())
 }
 
-fn late(what: &str) -> QueueError {
+pub(super) fn late(what: &str) -> QueueError {
     QueueError::Unavailable(format!("{what}: no answer in {STEP:?}"))
 }
 
-async fn consume(channel: &Channel, queue: ShortString, no_ack: bool) -> Result<lapin::Consumer, QueueError> {
+pub(super) async fn consume(
+    channel: &Channel,
+    queue: ShortString,
+    no_ack: bool,
+) -> Result<lapin::Consumer, QueueError> {
     let options = BasicConsumeOptions { no_ack, ..Default::default() };
     let consuming = channel.basic_consume(queue, ShortString::default(), options, FieldTable::default());
     timeout(STEP, consuming).await.map_err(|_| late("consume"))?.map_err(|e| unavailable(&e))
@@ -77,9 +82,10 @@ async fn consume(channel: &Channel, queue: ShortString, no_ack: bool) -> Result<
 
 /// Hears of wishes to cancel, and of new bands.
 pub(super) async fn control(core: Arc<Core>) {
-    let core = &*core;
+    let core = &core;
     keep_fed(core, "control", move |channel| async move {
-        let declared = topology::declare_private(&channel, topology::CONTROL, &["cancel.#", "band.#"]);
+        let declared =
+            topology::declare_private(&channel, topology::CONTROL, &["cancel.#", "band.#", "exec.#"]);
         let queue =
             timeout(STEP, declared).await.map_err(|_| late("declare"))?.map_err(|e| unavailable(&e))?;
         let mut messages = consume(&channel, queue.clone(), true).await?;
@@ -114,6 +120,10 @@ pub(super) async fn control(core: Arc<Core>) {
                     Ok(id) => call_off(core, id).await,
                     Err(_) => Ok(()),
                 },
+                Some((calls::KEY, id)) => {
+                    pick_up(core, id, message.properties.reply_to().clone());
+                    Ok(())
+                }
                 Some(("band", queue)) => core.refresh_bands(queue).await,
                 _ => Ok(()),
             };
@@ -123,6 +133,15 @@ pub(super) async fn control(core: Arc<Core>) {
         }
     })
     .await;
+}
+
+/// Answers a call about a job that is in hand here.
+fn pick_up(core: &Arc<Core>, id: &str, caller: Option<ShortString>) {
+    if let (Ok(id), Some(caller)) = (id.parse(), caller)
+        && core.lock_held().contains_key(&id)
+    {
+        tokio::spawn(calls::answer(Arc::clone(core), id, caller));
+    }
 }
 
 /// What may have been said while nobody listened.

@@ -11,6 +11,7 @@
 
 mod admit;
 mod bell;
+mod calls;
 mod consumer;
 mod core;
 mod feeds;
@@ -50,8 +51,8 @@ use self::supervisor::{Link, Prepare, STEP};
 use self::topology::Source;
 use crate::views::state;
 use crate::{
-    CancelOutcome, Consumer, ConsumerConfig, Counters, ListFilter, Queue, QueueDepth, QueueError, Submitted,
-    Unrun,
+    Call, CancelOutcome, Consumer, ConsumerConfig, Counters, Incoming, ListFilter, Queue, QueueDepth,
+    QueueError, Submitted, Unrun,
 };
 
 /// Events on their way to the broker; more are lost.
@@ -155,6 +156,7 @@ impl RabbitQueue {
             events: broadcast::Sender::new(config.event_buffer.max(1)),
             events_out,
             sequences: Default::default(),
+            calls: Default::default(),
             redeliveries: AtomicU64::new(0),
             unrun: Default::default(),
             new_expiry: Default::default(),
@@ -377,6 +379,14 @@ impl Queue for RabbitQueue {
             Slot::new(Arc::clone(&self.core), config.worker.clone(), config.queues.clone(), gone.clone());
         self.tasks.spawn(slot.run(inbox));
         Ok(Box::new(RabbitConsumer::new(asks, gone)))
+    }
+
+    async fn call(&self, id: JobId) -> Result<Option<Call>, QueueError> {
+        calls::call(&self.core, id).await
+    }
+
+    fn calls(&self) -> Option<mpsc::Receiver<Incoming>> {
+        self.core.calls.answered()
     }
 
     fn connected(&self) -> bool {

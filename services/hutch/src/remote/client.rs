@@ -2,11 +2,14 @@
 
 use std::time::Duration;
 
-use anyhow::{anyhow, bail};
+use anyhow::{Context as _, anyhow, bail};
 use hutch_proto::{JobId, JobView};
-use reqwest::{Method, Response, StatusCode};
+use reqwest::{Method, Response, StatusCode, Upgraded};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::handshake;
+use tokio_tungstenite::tungstenite::protocol::Role;
 
 use crate::cli::ClientArgs;
 use crate::term::safe_line;
@@ -48,6 +51,7 @@ impl Client {
         // Only the first call in a process sets it; all set the same.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder()
+            .http1_only()
             .connect_timeout(CONNECT)
             .user_agent(concat!("hutch/", env!("CARGO_PKG_VERSION")))
             .build()?;
@@ -93,6 +97,27 @@ impl Client {
                 anyhow::Error::new(error).context("the gateway does not answer")
             }
         })
+    }
+
+    /// Changes over to a WebSocket (RFC 6455) there.
+    pub(crate) async fn web_socket(&self, path: &str) -> anyhow::Result<WebSocketStream<Upgraded>> {
+        let key = handshake::client::generate_key();
+        let headers = [
+            ("connection", "Upgrade"),
+            ("upgrade", "websocket"),
+            ("sec-websocket-version", "13"),
+            ("sec-websocket-key", &key),
+        ];
+        let answer = self.send(Method::GET, path, None, &headers).await?;
+        if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
+            return Err(refusal(answer).await);
+        }
+        let accepted = answer.headers().get("sec-websocket-accept").map(|accept| accept.as_bytes().to_vec());
+        if accepted != Some(handshake::derive_accept_key(key.as_bytes()).into_bytes()) {
+            bail!("the gateway's answer is no WebSocket's: a proxy between may not pass one on");
+        }
+        let upgraded = answer.upgrade().await.context("the connection does not become a WebSocket")?;
+        Ok(WebSocketStream::from_raw_socket(upgraded, Role::Client, None).await)
     }
 
     /// Asks for something that is JSON.

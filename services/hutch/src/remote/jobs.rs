@@ -1,4 +1,4 @@
-//! `hutch status`, `logs`, `cancel` and `exec`: one job of a gateway.
+//! `hutch status`, `logs` and `cancel`: one job of a gateway.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -9,8 +9,8 @@ use reqwest::Method;
 
 use super::client::Client;
 use super::follow::follow;
-use crate::cli::{ExecArgs, JobArgs, LogsArgs};
-use crate::{exit, term, verdict};
+use crate::cli::{JobArgs, LogsArgs};
+use crate::{term, verdict};
 
 /// Shows where a job is.
 pub(crate) async fn status(args: JobArgs) -> anyhow::Result<ExitCode> {
@@ -80,13 +80,4 @@ pub(crate) async fn cancel(args: JobArgs) -> anyhow::Result<ExitCode> {
         term::note(format!("job {} had ended already", args.id));
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Says that this is not there yet.
-pub(crate) fn exec(args: &ExecArgs) -> ExitCode {
-    term::note(format!(
-        "exec is not there yet: nothing can be run inside job {} while it runs; give it another step instead",
-        args.id
-    ));
-    ExitCode::from(exit::FAILURE)
 }
