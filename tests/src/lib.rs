@@ -3,6 +3,7 @@
 pub mod broker;
 pub mod house;
 pub mod hutch;
+pub mod person;
 pub mod processes;
 pub mod programs;
 pub mod proxy;

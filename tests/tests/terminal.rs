@@ -1,8 +1,7 @@
 //! Programs on a terminal of their own: what they see of it, what comes of it, and a person at it.
 
-use std::process::{Command, Stdio};
-
 use hutch_tests::house::House;
+use hutch_tests::person;
 use serde_json::{Value, json};
 
 fn run(house: &House, job: &Value) -> Value {
@@ -73,61 +72,10 @@ fn nobody_types_into_a_terminal_for_others() {
     assert_eq!(run(&house, &job)["stdout"]["text"], "1\r\n");
 }
 
-/// A person at a terminal: waits for a text, and types, resizes, or goes on.
-const PERSON: &str = r#"
-import fcntl, os, pty, select, struct, sys, termios, time
-pid, fd = pty.fork()
-if pid == 0:
-    os.execv(sys.argv[1], sys.argv[1:])
-def size(rows, columns):
-    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-seen = b""
-def wait(text):
-    global seen
-    until = time.time() + 60
-    while text not in seen:
-        ready, _, _ = select.select([fd], [], [], until - time.time())
-        if not ready:
-            sys.exit("no %r in %r" % (text, seen))
-        try:
-            seen += os.read(fd, 4096)
-        except OSError:
-            sys.exit("ended, no %r in %r" % (text, seen))
-    seen = seen[seen.index(text) + len(text):]
-size(33, 101)
-wait(b"ready")
-raw = not (termios.tcgetattr(fd)[3] & termios.ICANON)
-os.write(fd, b"stty size\r")
-wait(b"33 101")
-size(44, 111)
-time.sleep(0.5)
-os.write(fd, b"stty size\r")
-wait(b"44 111")
-os.write(fd, b"sleep 100\r")
-time.sleep(0.5)
-os.write(fd, b"\x03")
-time.sleep(0.2)
-os.write(fd, b"echo after $((40 + 2))\r")
-wait(b"after 42")
-os.write(fd, b"exit 7\r")
-_, status = os.waitpid(pid, 0)
-cooked = bool(termios.tcgetattr(fd)[3] & termios.ICANON)
-print("raw", raw, "restored", cooked, "exit", os.waitstatus_to_exitcode(status))
-"#;
-
 #[test]
 fn a_person_works_at_it() {
     let Some(house) = House::with_sandboxes() else { return };
-    let person = house.file("person.py", PERSON);
-    let hutch = hutch_tests::hutch::binary();
-    let done = Command::new("python3")
-        .arg(&person)
-        .arg(hutch)
-        .args(["run", "--quiet", "--tty", "--", "sh", "-c", "PS1='> '; export PS1; echo ready; exec sh -i"])
-        .env("HUTCH__DATA_DIR", house.path("data"))
-        .stdin(Stdio::null())
-        .output()
-        .expect("python3");
-    let said = String::from_utf8_lossy(&done.stdout);
-    assert_eq!(said.trim(), "raw True restored True exit 7", "{}", String::from_utf8_lossy(&done.stderr));
+    let data = house.path("data");
+    let shell = ["run", "--quiet", "--tty", "--", "sh", "-c", person::SHELL];
+    person::works(&house, &shell, &[("HUTCH__DATA_DIR", data.to_str().expect("utf-8"))]);
 }

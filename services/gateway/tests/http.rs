@@ -324,7 +324,7 @@ async fn every_route_is_documented_and_every_path_served() {
             assert!(!metrics.contains(&format!(r#"{row}"405""#)), "{row}");
         }
     }
-    assert_eq!(paths.len(), 16, "a route was added: document it, and count it here");
+    assert_eq!(paths.len(), 17, "a route was added: document it, and count it here");
 }
 
 #[tokio::test]

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 
 mod alone;
 mod broker;
+mod exec;
 mod readme;
 mod run;
 mod up;
