@@ -40,7 +40,7 @@ async fn answer(engine: &EngineHandle, job: JobId, Call { to, mut from }: Call) 
         Ok(spec) => {
             tracing::info!(%job, program = ?spec.command.first(), "a program is brought into a job");
             match run(engine, job, &order(spec), &to, from).await {
-                Some(end) => end.map_or_else(|error| refusal(&error), |end| ended(end)),
+                Some(end) => end.map_or_else(|error| refusal(&error), ended),
                 None => return,
             }
         }
