@@ -16,6 +16,7 @@
 #include <sys/sem.h>
 #include <sys/shm.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/un.h>
@@ -167,6 +168,67 @@ static int extra_descriptors(char **arguments)
 	return 0;
 }
 
+#ifndef SO_NETNS_COOKIE
+#define SO_NETNS_COOKIE 71
+#endif
+
+/* The kernel's own number of the network namespace, which is never given twice. */
+static int network_cookie(char **arguments)
+{
+	(void)arguments;
+	uint64_t cookie = 0;
+	socklen_t length = sizeof cookie;
+	int fd = socket(AF_INET, SOCK_DGRAM, 0);
+	if (getsockopt(fd, SOL_SOCKET, SO_NETNS_COOKIE, &cookie, &length) != 0)
+		printf("%s\n", strerrorname_np(errno));
+	else
+		printf("%llu\n", (unsigned long long)cookie);
+	return 0;
+}
+
+/* Waits at a socket PATH for a descriptor, and holds it until the file PATH.done is there. */
+static int hold_descriptor(char **arguments)
+{
+	struct sockaddr_un at = { .sun_family = AF_UNIX };
+	char done[128], byte, control[CMSG_SPACE(sizeof(int))];
+	struct iovec part = { &byte, 1 };
+	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control };
+	strncpy(at.sun_path, arguments[0], sizeof at.sun_path - 1);
+	snprintf(done, sizeof done, "%s.done", arguments[0]);
+	int listener = socket(AF_UNIX, SOCK_STREAM, 0);
+	if (bind(listener, (void *)&at, sizeof at) != 0 || chmod(arguments[0], 0777) != 0 || listen(listener, 1) != 0)
+		return 91;
+	ssize_t length = recvmsg(accept(listener, NULL, NULL), &message, 0);
+	printf("%s\n", length == 1 && CMSG_FIRSTHDR(&message) ? "HELD" : "nothing came");
+	for (int tries = 0; access(done, F_OK) != 0 && tries < 3000; tries++)
+		usleep(20000);
+	return 0;
+}
+
+/* Listens at the loopback address, at PORT, and hands the socket to whoever waits at PATH. */
+static int leave_listener(char **arguments)
+{
+	struct sockaddr_in here = { .sin_family = AF_INET, .sin_port = htons(atoi(arguments[1])) };
+	struct sockaddr_un to = { .sun_family = AF_UNIX };
+	char byte = 0, control[CMSG_SPACE(sizeof(int))];
+	struct iovec part = { &byte, 1 };
+	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control };
+	inet_pton(AF_INET, "127.0.0.1", &here.sin_addr);
+	strncpy(to.sun_path, arguments[0], sizeof to.sun_path - 1);
+	int listener = socket(AF_INET, SOCK_STREAM, 0), other = socket(AF_UNIX, SOCK_STREAM, 0);
+	if (bind(listener, (void *)&here, sizeof here) != 0 || listen(listener, 5) != 0)
+		return 91;
+	if (connect(other, (void *)&to, sizeof to) != 0)
+		return 92;
+	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+	header->cmsg_level = SOL_SOCKET;
+	header->cmsg_type = SCM_RIGHTS;
+	header->cmsg_len = CMSG_LEN(sizeof(int));
+	memcpy(CMSG_DATA(header), &listener, sizeof listener);
+	printf("%s\n", sendmsg(other, &message, 0) == 1 ? "LEFT" : strerrorname_np(errno));
+	return 0;
+}
+
 struct attack {
 	const char *name;
 	int (*run)(char **arguments);
@@ -177,8 +239,11 @@ static const struct attack attacks[] = {
 	{ "connect-abstract", connect_abstract },
 	{ "extra-descriptors", extra_descriptors },
 	{ "forge-the-end", forge_the_end },
+	{ "hold-descriptor", hold_descriptor },
 	{ "ipc-find", ipc_find },
 	{ "ipc-hold", ipc_hold },
+	{ "leave-listener", leave_listener },
+	{ "network-cookie", network_cookie },
 	{ "open-for-writing", open_for_writing },
 	{ "read", read_from },
 	{ "type-into-terminal", type_into_terminal },

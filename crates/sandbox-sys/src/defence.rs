@@ -32,6 +32,8 @@ defences! {
     UserNamespace = "user-namespace",
     /// A network namespace with loopback alone.
     NetworkNamespace = "network-namespace",
+    /// A network namespace that a slot keeps is proved untouched before each sandbox.
+    UntouchedNetwork = "untouched-network",
     /// A PID namespace: no process of the host is seen.
     PidNamespace = "pid-namespace",
     /// An IPC namespace.

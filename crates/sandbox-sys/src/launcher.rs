@@ -24,6 +24,7 @@ use crate::channel::{Channel, Handed};
 use crate::child::Workspace;
 use crate::child::parked::{open_namespace, user_namespace};
 use crate::defence::{self, Defence, without};
+use crate::network::{NetworkNamespace, SlotNetworks};
 use crate::plan::{IdRange, Plan, RootIs};
 use crate::process::{
     Cloned, clone_process, close_all_but, exit_now, flags, forget_arguments, reset_signals,
@@ -35,7 +36,7 @@ use crate::{Errno, Result, child};
 enum Request {
     /// Clone an init that prepares itself and waits for its order; the answer's descriptors are a pidfd of it, its
     /// mount namespace, and the socket for the order.
-    Park(IdRange),
+    Park(IdRange, NetworkNamespace),
     /// Clone an usher into the sandbox whose init is the descriptor, a pidfd; the answer's descriptors are a pidfd of the
     /// usher and the socket for its order.
     Enter,
@@ -202,9 +203,9 @@ impl Launcher {
     ///
     /// # Errors
     /// What clone3(2) answers; EPIPE if the launcher is gone.
-    pub fn park(&self, ids: IdRange) -> Result<Parked> {
+    pub fn park(&self, ids: IdRange, network: NetworkNamespace) -> Result<Parked> {
         let answer: [OwnedFd; 3] =
-            self.request(Some(&Request::Park(ids)), &[])?.try_into().map_err(|_| Errno::EBADMSG)?;
+            self.request(Some(&Request::Park(ids, network)), &[])?.try_into().map_err(|_| Errno::EBADMSG)?;
         let [init, mounts, socket] = answer;
         Ok(Parked { init, mounts, socket: Channel::new(socket) })
     }
@@ -286,6 +287,7 @@ struct Service {
     filters: Filters,
     children: BTreeSet<libc::pid_t>,
     cgroups: Vec<(OwnedFd, String)>,
+    networks: SlotNetworks,
     workspace: Workspace,
 }
 
@@ -347,6 +349,7 @@ fn begin(filters: Filters) -> Result<(Service, SignalFd)> {
         filters,
         children: BTreeSet::new(),
         cgroups: Vec::new(),
+        networks: SlotNetworks::default(),
         workspace: Workspace::new(),
     };
     Ok((service, signals))
@@ -383,7 +386,7 @@ fn answer(channel: &Channel, done: &Result<Vec<OwnedFd>>) -> Result<()> {
 impl Service {
     fn perform(&mut self, body: &[u8], fds: Vec<OwnedFd>) -> Result<Vec<OwnedFd>> {
         match postcard::from_bytes(body).map_err(|_| Errno::EBADMSG)? {
-            Request::Park(ids) => self.park(ids),
+            Request::Park(ids, network) => self.park(ids, network),
             Request::Enter => self.enter(fds),
             Request::Userns(ids, root) => {
                 let proc_dir = self.old_root.proc_dir.as_fd();
@@ -397,7 +400,10 @@ impl Service {
         }
     }
 
-    fn park(&mut self, ids: IdRange) -> Result<Vec<OwnedFd>> {
+    fn park(&mut self, ids: IdRange, network: NetworkNamespace) -> Result<Vec<OwnedFd>> {
+        if network == NetworkNamespace::PerSlot && !without(Defence::NetworkNamespace) {
+            self.networks.enter(ids.base, self.old_root.proc_dir.as_fd())?;
+        }
         let (here, there) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let mut namespaces = flags::NEWPID | flags::NEWNS | flags::NEWIPC | flags::NEWUTS;
@@ -412,7 +418,7 @@ impl Service {
         match unsafe { clone_process(namespaces, None) }? {
             Cloned::Child => {
                 drop(here);
-                child::init(&mut self.workspace, there.as_fd(), ids, &self.filters)
+                child::init(&mut self.workspace, there.as_fd(), ids, network, &self.filters)
             }
             Cloned::Parent { pid, pidfd } => {
                 self.children.insert(pid);

@@ -17,6 +17,7 @@ pub mod heap;
 mod launcher;
 pub mod loopdev;
 pub mod mount;
+mod network;
 pub mod notify;
 mod order;
 mod packet;
@@ -29,6 +30,7 @@ mod tinyroot;
 
 pub use child::user;
 pub use launcher::{CgroupHome, HandedBack, Launcher, Parked, Started, Usher, Ushered};
+pub use network::NetworkNamespace;
 pub use nix::errno::Errno;
 pub use packet::PacketSocket;
 pub use plan::{

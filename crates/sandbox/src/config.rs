@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use hutch_proto::{LimitPolicy, SeccompSpec};
+use hutch_sandbox_sys::NetworkNamespace;
 use hutch_trees::CappedTrees;
 
 /// How an [`Engine`](crate::Engine) treats every job.
@@ -29,6 +30,8 @@ pub struct EngineConfig {
     /// Whether what is the same for every job is made before it is asked for: an init in its namespaces, and a cgroup, each
     /// used once. It costs a process for each slot, and makes the answer come sooner.
     pub prepare_ahead: bool,
+    /// Where the network namespace of a sandbox comes from.
+    pub network_namespace: NetworkNamespace,
     /// How many entries of outputs are listed at most.
     pub max_output_files: usize,
     /// How many bytes of files go into the archive at most.
@@ -52,6 +55,7 @@ impl EngineConfig {
             seccomp: SeccompSpec::default(),
             scratch_memory_bytes: 256 << 20,
             prepare_ahead: true,
+            network_namespace: NetworkNamespace::Fresh,
             max_output_files: 10_000,
             max_archive_bytes: 256 << 20,
             max_layer_bytes: 8 << 30,

@@ -242,6 +242,7 @@ impl Engine {
                     .map(SlotMaps::borrowed)
                     .ok_or_else(no_slot)?,
                 ids,
+                network: inner.config.network_namespace,
             };
             // Two overlays on one upper directory must not be mounted at one time.
             course.remains.mounts.clear();
@@ -392,7 +393,7 @@ impl Drop for Remains {
         }
         inner.cgroups.make_spare(inner.config.slots as usize);
         if let Some(ids) = inner.ids.of(self.slot) {
-            inner.parked.refill(&inner.launcher, ids);
+            inner.parked.refill(&inner.launcher, ids, inner.config.network_namespace);
         }
     }
 }

@@ -35,7 +35,7 @@ pub use config::EngineConfig;
 pub use engine::{Engine, EngineError, Launcher, Order};
 pub use exec::{ExecEnd, ExecError, ExecOrder};
 pub use hutch_sandbox_sys::defence::Defence;
-pub use hutch_sandbox_sys::{WindowSize, terminal::size as terminal_size};
+pub use hutch_sandbox_sys::{NetworkNamespace, WindowSize, terminal::size as terminal_size};
 pub use hutch_sandbox_sys::{heap, separate};
 pub use link::{EngineHandle, EngineProcess, TakeDown};
 pub use observe::{Observer, SlotGauges, Stream, Unobserved};

@@ -5,7 +5,8 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use hutch_sandbox_sys::notify::listener_socket;
 use hutch_sandbox_sys::{
-    Errno, FdIndex, FileWrite, HandedBack, IdRange, Launcher, Parked, Plan, Program, ProgramCgroup, Started,
+    Errno, FdIndex, FileWrite, HandedBack, IdRange, Launcher, NetworkNamespace, Parked, Plan, Program, ProgramCgroup,
+    Started,
 };
 use std::sync::{Mutex, PoisonError};
 
@@ -68,6 +69,7 @@ pub(crate) struct Means<'a> {
     pub(crate) cgroups: &'a Cgroups,
     pub(crate) owner_maps: OwnerMaps<'a>,
     pub(crate) ids: IdRange,
+    pub(crate) network: NetworkNamespace,
 }
 
 /// Inits that wait for an order, one for each slot that has been used.
@@ -80,8 +82,8 @@ impl ParkedInits {
     }
 
     /// Has the next one made. A failure shows when it is needed.
-    pub(crate) fn refill(&self, launcher: &Launcher, ids: IdRange) {
-        if let Ok(parked) = launcher.park(ids) {
+    pub(crate) fn refill(&self, launcher: &Launcher, ids: IdRange, network: NetworkNamespace) {
+        if let Ok(parked) = launcher.park(ids, network) {
             self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(ids.base, parked);
         }
     }
@@ -93,7 +95,7 @@ impl Means<'_> {
         match self.parked.take(self.ids).map(|parked| parked.start(plan, fds)) {
             Some(Ok(started)) => Ok(started),
             Some(Err(Errno::EPIPE | Errno::ECONNRESET | Errno::ENOTCONN)) | None => {
-                self.launcher.park(self.ids)?.start(plan, fds)
+                self.launcher.park(self.ids, self.network)?.start(plan, fds)
             }
             Some(Err(e)) => Err(e),
         }

@@ -18,6 +18,8 @@ pub(crate) fn shared(settings: &Settings, trees: CappedTrees) -> anyhow::Result<
         limits: settings.limits()?,
         seccomp: worker.seccomp,
         trees: Some(trees),
+        prepare_ahead: worker.prepare_ahead,
+        network_namespace: worker.network_namespace,
         scratch_memory_bytes: worker.scratch_memory_bytes.0,
         max_output_files: worker.max_output_files,
         max_archive_bytes: worker.max_archive_bytes.0,

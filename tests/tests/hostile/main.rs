@@ -15,6 +15,7 @@ mod proc;
 mod product;
 mod resources;
 mod site;
+mod slots;
 mod store;
 mod tars;
 mod verdict;

@@ -28,6 +28,7 @@ use nix::unistd::Pid;
 
 use crate::bpf::Filters;
 use crate::defence::{Defence, without};
+use crate::network::NetworkNamespace;
 use crate::order::{CgroupRef, Order};
 use crate::plan::{FdIndex, IdRange};
 use crate::process::{
@@ -135,10 +136,16 @@ impl From<Failure> for Record {
 }
 
 /// The life of a sandbox's pid 1.
-pub(crate) fn init(workspace: &mut Workspace, socket: BorrowedFd<'_>, ids: IdRange, filters: &Filters) -> ! {
+pub(crate) fn init(
+    workspace: &mut Workspace,
+    socket: BorrowedFd<'_>,
+    ids: IdRange,
+    network: NetworkNamespace,
+    filters: &Filters,
+) -> ! {
     let Workspace { mailbox, database, stack, argv, envp, overlays } = workspace;
     let overlays = *overlays;
-    let prepared = begin().map_err(Failure::at(Stage::Launch)).and_then(|()| parked::prepare(ids, stack));
+    let prepared = begin().map_err(Failure::at(Stage::Launch)).and_then(|()| parked::prepare(ids, network, stack));
     // Without an order there is nobody to tell anything.
     let Ok(Some((bytes, fds))) = mailbox.receive(socket) else { exit_now(1) };
     let Ok(order) = Order::parse(bytes) else { exit_now(1) };

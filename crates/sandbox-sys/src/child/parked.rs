@@ -5,10 +5,9 @@
 
 use core::fmt::Write as _;
 use std::ffi::CStr;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::sys::wait::waitpid;
@@ -17,6 +16,7 @@ use nix::unistd::{AccessFlags, Pid, faccessat};
 use super::{Failure, Line};
 use crate::defence::{Defence, without};
 use crate::mount::{NODEV, NOEXEC, NOSUID, NewFilesystem, RDONLY, attach, clone_tree, restrict};
+use crate::network::{self, NetworkNamespace};
 use crate::plan::{IdRange, RootIs};
 use crate::process::{Beside, Stack, flags, set_effective_user, start_sharing};
 use crate::record::Stage;
@@ -63,33 +63,18 @@ const MASKS: [(&CStr, Mask); 19] = [
 ];
 
 /// Prepares everything and returns the program's user namespace.
-pub(super) fn prepare(ids: IdRange, stack: &mut Stack) -> core::result::Result<OwnedFd, Failure> {
-    isolate_network().map_err(Failure::at(Stage::Network))?;
+pub(super) fn prepare(
+    ids: IdRange,
+    network: NetworkNamespace,
+    stack: &mut Stack,
+) -> core::result::Result<OwnedFd, Failure> {
+    // A slot's own is inherited from the launcher, which has entered it.
+    if network == NetworkNamespace::Fresh && !without(Defence::NetworkNamespace) {
+        network::isolate().map_err(Failure::at(Stage::Network))?;
+    }
     let proc_mount = mount_proc().map_err(Failure::at(Stage::Launch))?;
     mount_devices().map_err(Failure::at(Stage::Launch))?;
     user_namespace(proc_mount.as_fd(), ids, RootIs::Root, stack).map_err(Failure::at(Stage::IdMap))
-}
-
-/// A new network namespace with loopback up and nothing else: netdevice(7).
-fn isolate_network() -> Result<()> {
-    if without(Defence::NetworkNamespace) {
-        return Ok(());
-    }
-    unshare(CloneFlags::CLONE_NEWNET)?;
-    // SAFETY: socket(2) takes integers only.
-    let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-    let socket = Errno::result(socket)?;
-    // SAFETY: the descriptor is new and nobody else's.
-    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
-    // SAFETY: an all-zero ifreq is valid.
-    let mut request: libc::ifreq = unsafe { core::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(c"lo".to_bytes()) {
-        *to = libc::c_char::try_from(*from).unwrap_or(0);
-    }
-    request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_UP | libc::IFF_RUNNING).unwrap_or(0);
-    // SAFETY: `request` is an ifreq whose name and flags are set, as SIOCSIFFLAGS wants.
-    let answer = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
-    Errno::result(answer).map(drop)
 }
 
 /// A proc(5) of this PID namespace, its masks on it.

@@ -35,6 +35,8 @@ pub(crate) const KEYS: &[Key] = &[
     list("worker.layer_dirs", "below these, dir: layers may lie"),
     list("worker.metric_labels", "labels of jobs that become labels of metrics"),
     key("worker.scratch_memory_bytes", "up to this disk_bytes, what a job writes lives in memory"),
+    key("worker.prepare_ahead", "whether each slot has a sandbox's init and a cgroup waiting"),
+    key("worker.network_namespace", "of a job: fresh, or per-slot, its slot's own if untouched"),
     key("worker.max_input_bytes", "blobs of one job together"),
     key("worker.max_archive_bytes", "output files of one job together"),
     key("worker.max_output_files", "output files of one job that are listed"),

@@ -16,6 +16,7 @@ use anyhow::{Context, anyhow, bail};
 use config::{Config, File, FileFormat, Value};
 use hutch_proto::units::{ByteSize, Millis};
 use hutch_proto::{LimitPolicy, SeccompSpec};
+use hutch_sandbox::NetworkNamespace;
 use serde::Deserialize;
 
 pub(crate) use show::show;
@@ -52,6 +53,8 @@ pub(crate) struct WorkerSettings {
     pub(crate) layer_dirs: Vec<PathBuf>,
     pub(crate) metric_labels: Vec<String>,
     pub(crate) scratch_memory_bytes: ByteSize,
+    pub(crate) prepare_ahead: bool,
+    pub(crate) network_namespace: NetworkNamespace,
     pub(crate) max_input_bytes: ByteSize,
     pub(crate) max_archive_bytes: ByteSize,
     pub(crate) max_output_files: usize,

@@ -74,6 +74,8 @@ pub(super) fn defaults(flags: &Flags) -> Layer {
         ("worker.layer_dirs", empty()),
         ("worker.metric_labels", empty()),
         ("worker.scratch_memory_bytes", "256MiB".into()),
+        ("worker.prepare_ahead", true.into()),
+        ("worker.network_namespace", "fresh".into()),
         ("worker.max_input_bytes", "256MiB".into()),
         ("worker.max_archive_bytes", "256MiB".into()),
         ("worker.max_output_files", 10_000_u64.into()),
