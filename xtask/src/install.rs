@@ -36,8 +36,12 @@ pub(crate) const FOR_VM: &[Package] = &[
 const TOOLS: &[(&str, &str)] = &[("cepheus", "cepheus-engine==1.1.1")];
 
 /// What the benchmark uses.
-pub(crate) const FOR_BENCH: &[Package] =
-    &[("busybox-static", "/bin/busybox"), ("bubblewrap", "/usr/bin/bwrap")];
+pub(crate) const FOR_BENCH: &[Package] = &[
+    ("busybox-static", "/bin/busybox"),
+    ("bubblewrap", "/usr/bin/bwrap"),
+    ("crun", "/usr/bin/crun"),
+    ("runc", "/usr/sbin/runc"),
+];
 
 /// Installs those of the packages that are missing. Services that they bring are not started.
 pub(crate) fn packages(wanted: &[Package]) -> anyhow::Result<()> {

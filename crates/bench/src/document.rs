@@ -17,7 +17,8 @@ const END: &str = "<!-- end of the figures -->";
 pub(crate) fn machine() -> anyhow::Result<String> {
     let read = |path: &str| fs::read_to_string(path).with_context(|| format!("read {path}"));
     let cpu = read("/proc/cpuinfo")?;
-    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map_or("", |it| it.1);
+    let model =
+        cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map_or("", |it| it.1);
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let kernel = read("/proc/sys/kernel/osrelease")?;
     let memory = read("/proc/meminfo")?;
@@ -62,6 +63,10 @@ pub(crate) fn write(path: &Path, machine: &str, all: &[Series]) -> anyhow::Resul
         fs::write(&plot, svg(series)?).with_context(|| format!("write {}", plot.display()))?;
         let name = plot.file_name().unwrap_or_default().to_string_lossy().into_owned();
         writeln!(text, "![Time to the answer beside a bare spawn]({name})\n")?;
+        for way in series.ways() {
+            writeln!(text, "- {}: {}", way.name, way.does)?;
+        }
+        text.push('\n');
     }
     for series in all {
         writeln!(text, "{}", table(series)?)?;
@@ -127,7 +132,9 @@ fn svg(series: &Series) -> anyhow::Result<String> {
     let bare = series.bare().as_secs_f64();
     let most = ways.iter().map(|way| percentile(&way.times, 99).as_secs_f64()).fold(bare, f64::max);
     let decades = (most / bare).log10().max(1.0).ceil();
-    let place = |time: Duration| LEFT + WIDTH * ((time.as_secs_f64() / bare).log10().max(0.0) + 0.1) / (decades + 0.1);
+    let place = |time: Duration| {
+        LEFT + WIDTH * ((time.as_secs_f64() / bare).log10().max(0.0) + 0.1) / (decades + 0.1)
+    };
     let mut text = String::new();
     let mut bottom = 40.0;
     for way in &ways {
@@ -148,7 +155,11 @@ fn svg(series: &Series) -> anyhow::Result<String> {
             end - LEFT,
             ROW - 8.0
         )?;
-        writeln!(text, "<path d=\"M{end:.1} {middle} H{far:.1} M{far:.1} {} v8\" stroke=\"#333\"/>", middle - 4.0)?;
+        writeln!(
+            text,
+            "<path d=\"M{end:.1} {middle} H{far:.1} M{far:.1} {} v8\" stroke=\"#333\"/>",
+            middle - 4.0
+        )?;
         let times = format!("{:.2} ms, {:.1} times", half.as_secs_f64() * 1e3, half.as_secs_f64() / bare);
         writeln!(text, "<text x=\"{:.0}\" y=\"{:.0}\">{times}</text>", far + 8.0, middle + 4.0)?;
         bottom += ROW;

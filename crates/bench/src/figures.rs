@@ -52,7 +52,8 @@ impl Way {
 
     /// Microseconds of processor time for each run, without and with the kernel's threads: medians of the slices.
     pub(crate) fn spent_us(&self) -> Option<(f64, f64)> {
-        let each = |us: u64, slice: &Slice| Duration::from_micros(us).as_secs_f64() * 1e6 / f64::from(slice.runs);
+        let each =
+            |us: u64, slice: &Slice| Duration::from_micros(us).as_secs_f64() * 1e6 / f64::from(slice.runs);
         let ours = middle(&self.slices, |slice| each(slice.spent.ours_us, slice))?;
         let all = middle(&self.slices, |slice| each(slice.spent.ours_us + slice.spent.kernel_us, slice))?;
         Some((ours, all))

@@ -5,8 +5,8 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use hutch_sandbox_sys::notify::listener_socket;
 use hutch_sandbox_sys::{
-    Errno, FdIndex, FileWrite, HandedBack, IdRange, Launcher, NetworkNamespace, Parked, Plan, Program, ProgramCgroup,
-    Started,
+    Errno, FdIndex, FileWrite, HandedBack, IdRange, Launcher, NetworkNamespace, Parked, Plan, Program,
+    ProgramCgroup, Started,
 };
 use std::sync::{Mutex, PoisonError};
 

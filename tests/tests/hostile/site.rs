@@ -184,8 +184,8 @@ impl Site {
     /// What is not as before, if anything.
     fn difference(&self, before: &Figures) -> Option<String> {
         let now = self.processes();
-        // A second slot may have been used, which parks an init of its own.
-        if now.len() > before.processes.len() + 1 {
+        // Each slot that has been used parks an init of its own; a busy host may not have done so at the first look.
+        if now.len() > before.processes.len() + SLOTS {
             return Some(format!("{} processes, {} before", now.len(), before.processes.len()));
         }
         let own = self.served.process();
@@ -243,6 +243,8 @@ impl Site {
     }
 }
 
+/// The slots of a site.
+const SLOTS: usize = 2;
 /// Groups that are made ahead, in every hierarchy.
 const SPARE_GROUPS: usize = 16;
 /// Descriptors that a worker may have more: a connection that is kept, and of each slot its parked init and spare group.

@@ -145,7 +145,8 @@ pub(crate) fn init(
 ) -> ! {
     let Workspace { mailbox, database, stack, argv, envp, overlays } = workspace;
     let overlays = *overlays;
-    let prepared = begin().map_err(Failure::at(Stage::Launch)).and_then(|()| parked::prepare(ids, network, stack));
+    let prepared =
+        begin().map_err(Failure::at(Stage::Launch)).and_then(|()| parked::prepare(ids, network, stack));
     // Without an order there is nobody to tell anything.
     let Ok(Some((bytes, fds))) = mailbox.receive(socket) else { exit_now(1) };
     let Ok(order) = Order::parse(bytes) else { exit_now(1) };
