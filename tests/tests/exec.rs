@@ -140,7 +140,7 @@ fn it_can_have_a_terminal() {
     let script = "tty; stty size; [ -t 0 ] && [ -t 1 ] && [ -t 2 ] && : < /dev/tty && echo all; exit 3";
     let execs = json!([
         {"command": ["sh", "-c", script], "tty": true},
-        {"command": ["sh", "-c", "read x; stty size"], "tty": true, "stdin": "go\n", "resize": [50, 132]},
+        {"command": ["sh", "-c", "read x; for i in $(seq 500); do [ \"$(stty size)\" = '50 132' ] && break; sleep 0.02; done; stty size"], "tty": true, "stdin": "go\n", "resize": [50, 132]},
     ]);
     let all = exec(&running(":"), &execs, false);
     assert_eq!(all["execs"][0]["end"], 3, "{all}");

@@ -25,7 +25,7 @@ use crate::child::Workspace;
 use crate::child::parked::{open_namespace, user_namespace};
 use crate::defence::{self, Defence, without};
 use crate::network::{NetworkNamespace, SlotNetworks};
-use crate::plan::{IdRange, Plan, RootIs};
+use crate::plan::{IdRange, Plan, RootIs, RootPlan};
 use crate::process::{
     Cloned, clone_process, close_all_but, exit_now, flags, forget_arguments, reset_signals,
 };
@@ -65,16 +65,40 @@ pub struct Parked {
 }
 
 impl Parked {
-    /// Gives the order to build a sandbox and run a program in it. `fds` are those that the plan names; whatever goes
-    /// wrong from here on is told on the plan's report pipe.
+    /// Gives the order to build the sandbox's file system. `fds` are those that the plan names; whatever goes wrong is
+    /// told on the report pipe of the program that it gets.
     ///
     /// # Errors
     /// EPIPE or ECONNRESET if init has ended meanwhile; E2BIG if there are too many descriptors.
-    pub fn start(self, plan: &Plan, fds: &[BorrowedFd<'_>]) -> Result<Started> {
+    pub fn build(self, plan: &RootPlan, fds: &[BorrowedFd<'_>]) -> Result<Built> {
         let body = postcard::to_stdvec(plan).map_err(|_| Errno::EINVAL)?;
         self.socket.send(&body, fds)?;
-        let handed_back = HandedBack { socket: self.socket, scratch: None, terminal: None };
-        Ok(Started { init: self.init, mounts: self.mounts, handed_back })
+        Ok(Built(self))
+    }
+}
+
+/// An init that builds its sandbox's file system, or has built it, and waits for a program. Dropping it ends it.
+#[derive(Debug)]
+pub struct Built(Parked);
+
+impl Built {
+    /// Whether it waits still; one that could not build its file system says so when it gets a program.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        // Signal 0 is only tried: kill(2).
+        crate::process::signal(self.0.init.as_fd(), 0).is_ok()
+    }
+
+    /// Gives the order to run a program.
+    ///
+    /// # Errors
+    /// As for [`Parked::build`].
+    pub fn start(self, plan: &Plan, fds: &[BorrowedFd<'_>]) -> Result<Started> {
+        let Parked { init, mounts, socket } = self.0;
+        let body = postcard::to_stdvec(plan).map_err(|_| Errno::EINVAL)?;
+        socket.send(&body, fds)?;
+        let handed_back = HandedBack { socket, scratch: None, terminal: None };
+        Ok(Started { init, mounts, handed_back })
     }
 }
 
@@ -89,7 +113,7 @@ impl Usher {
     /// Gives the order to run a program in the sandbox; of the plan only the report and the program count.
     ///
     /// # Errors
-    /// As for [`Parked::start`].
+    /// As for [`Parked::build`].
     pub fn start(self, plan: &Plan, fds: &[BorrowedFd<'_>]) -> Result<Ushered> {
         let body = postcard::to_stdvec(plan).map_err(|_| Errno::EINVAL)?;
         self.socket.send(&body, fds)?;

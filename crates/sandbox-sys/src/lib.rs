@@ -2,8 +2,8 @@
 //!
 //! In the order of use: [`Launcher::fork`] makes a small process with one thread, in a mount
 //! namespace of its own that holds next to nothing; [`Launcher::park`] has it clone an init, which
-//! prepares what is the same for every sandbox and waits; [`Parked::start`] sends that init a [`Plan`] with
-//! descriptors; init walks the plan's [`Step`]s, starts the program, and reaps; both tell what happens as
+//! prepares what is the same for every sandbox and waits; [`Parked::build`] sends that init a [`RootPlan`] with
+//! descriptors, whose [`Step`]s it walks, and [`Built::start`] a [`Plan`]: it starts the program, and reaps; both tell what happens as
 //! [`Record`]s on a pipe of the caller's.
 //!
 //! Between clone and exec nothing allocates, locks, logs or panics: all that the child needs was
@@ -29,12 +29,13 @@ pub mod terminal;
 mod tinyroot;
 
 pub use child::user;
-pub use launcher::{CgroupHome, HandedBack, Launcher, Parked, Started, Usher, Ushered};
+pub use launcher::{Built, CgroupHome, HandedBack, Launcher, Parked, Started, Usher, Ushered};
 pub use network::NetworkNamespace;
 pub use nix::errno::Errno;
 pub use packet::PacketSocket;
 pub use plan::{
-    FdIndex, FileWrite, IdRange, Plan, Program, ProgramCgroup, Rlimit, RootIs, Step, Text, WindowSize,
+    FdIndex, FileWrite, IdRange, Plan, Program, ProgramCgroup, Rlimit, RootIs, RootPlan, Step, Text,
+    WindowSize,
 };
 pub use record::{RECORD_BYTES, Record, Stage};
 

@@ -63,14 +63,26 @@ impl<'a, T: Deserialize<'a>> Iterator for List<'a, T> {
     }
 }
 
+/// How a sandbox's file system is built.
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub(crate) struct RootOrder<'a> {
+    #[serde(borrow)]
+    pub(crate) steps: List<'a, StepRef<'a>>,
+}
+
+impl<'a> RootOrder<'a> {
+    /// Reads an order.
+    pub(crate) fn parse(bytes: &'a [u8]) -> Result<Self> {
+        postcard::from_bytes(bytes).map_err(|_| Errno::EBADMSG)
+    }
+}
+
 /// Everything about one program in one sandbox.
 #[derive(Debug, Clone, Copy, Deserialize)]
 pub(crate) struct Order<'a> {
     #[serde(borrow)]
     pub(crate) hostname: &'a str,
     pub(crate) report: FdIndex,
-    #[serde(borrow)]
-    pub(crate) steps: List<'a, StepRef<'a>>,
     pub(crate) ids: IdRange,
     #[serde(borrow)]
     pub(crate) program: ProgramRef<'a>,
@@ -179,12 +191,10 @@ pub(crate) struct FileRef<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{FileWrite, Plan, Program, ProgramCgroup, Step};
+    use crate::plan::{FileWrite, Plan, Program, ProgramCgroup, RootPlan, Step};
 
-    fn plan() -> Plan {
-        Plan {
-            hostname: "host".to_owned(),
-            report: 7,
+    fn root_plan() -> RootPlan {
+        RootPlan {
             steps: vec![
                 Step::Attach { mount: 300, target: c"/l/0".into() },
                 Step::Overlay {
@@ -201,6 +211,13 @@ mod tests {
                 Step::HandBack { source: c"/s".into() },
                 Step::Pivot,
             ],
+        }
+    }
+
+    fn plan() -> Plan {
+        Plan {
+            hostname: "host".to_owned(),
+            report: 7,
             ids: IdRange { base: 805_306_368, count: 65_536 },
             program: Program {
                 cgroup: ProgramCgroup::Unified(9, vec![1, 2]),
@@ -230,12 +247,14 @@ mod tests {
 
     #[test]
     fn a_plan_is_read_as_it_was_written() {
+        let root_bytes = postcard::to_stdvec(&root_plan()).expect("bytes");
+        let root = RootOrder::parse(&root_bytes).expect("order");
         let bytes = postcard::to_stdvec(&plan()).expect("bytes");
         let order = Order::parse(&bytes).expect("order");
         assert_eq!((order.hostname, order.report, order.ids), ("host", 7, plan().ids));
         // The two mirror each other: what is shown of each step is the same but for the types' names.
-        let steps: Vec<_> = order.steps.collect::<Result<_>>().expect("steps");
-        assert_eq!(steps.len(), plan().steps.len());
+        let steps: Vec<_> = root.steps.collect::<Result<_>>().expect("steps");
+        assert_eq!(steps.len(), root_plan().steps.len());
         let StepRef::Overlay { lowers, target, .. } = steps[1] else { panic!("{:?}", steps[1]) };
         assert_eq!((texts(lowers), target.get()), (vec!["/l/1".to_owned(), "/l/0".to_owned()], Ok(c"/n")));
         assert!(matches!(steps[4], StepRef::Volume { mount: 3, index: 2, .. }));
@@ -270,11 +289,20 @@ mod tests {
                 let mut damaged = bytes.clone();
                 damaged[place] = value;
                 if let Ok(order) = Order::parse(&damaged) {
-                    order.steps.for_each(drop);
                     order.program.argv.for_each(|text| {
                         let _ = text.and_then(TextRef::get);
                     });
                     order.program.files.for_each(drop);
+                }
+            }
+        }
+        let root = postcard::to_stdvec(&root_plan()).expect("bytes");
+        for place in 0..root.len() {
+            for value in [0, 1, 0x7f, 0x80, 0xff] {
+                let mut damaged = root.clone();
+                damaged[place] = value;
+                if let Ok(order) = RootOrder::parse(&damaged) {
+                    order.steps.for_each(drop);
                 }
             }
         }

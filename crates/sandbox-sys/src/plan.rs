@@ -1,8 +1,9 @@
 //! What a sandbox is told: every decision already made, every text already NUL-terminated. A plan
 //! names descriptors by their place in the list that travels with it.
 //!
-//! [`Plan`] is written by the worker; the child reads the same bytes as an [`Order`](crate::order::Order), which
-//! borrows from them and so needs no memory of its own.
+//! [`RootPlan`] and [`Plan`] are written by the worker, one after the other; the child reads the same bytes as a
+//! [`RootOrder`](crate::order::RootOrder) and an [`Order`](crate::order::Order), which borrow from them and so need no
+//! memory of their own.
 
 use std::ffi::{CStr, CString};
 
@@ -57,6 +58,14 @@ fn as_list<T: Serialize, S: Serializer>(items: &[T], serializer: S) -> Result<S:
 /// Place of a descriptor in the list that travels with a plan.
 pub type FdIndex = u16;
 
+/// How a sandbox's file system is built: what init is told first, and may be told before there is a program for it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RootPlan {
+    /// What init does to the mount namespace, in order; the last one is [`Step::Pivot`].
+    #[serde(serialize_with = "as_list")]
+    pub steps: Vec<Step>,
+}
+
 /// Everything about one program in one sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Plan {
@@ -64,9 +73,6 @@ pub struct Plan {
     pub hostname: String,
     /// Where records are written; a pipe.
     pub report: FdIndex,
-    /// What init does to the mount namespace, in order; the last one is [`Step::Pivot`].
-    #[serde(serialize_with = "as_list")]
-    pub steps: Vec<Step>,
     /// The ids of the host that the sandbox's user namespace maps, from 0.
     pub ids: IdRange,
     /// The program.

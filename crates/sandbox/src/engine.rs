@@ -15,6 +15,7 @@ use hutch_sandbox_sys::{CgroupHome, IdRange, Launcher as RawLauncher, RootIs};
 use hutch_trees::CappedTrees;
 use tokio_util::sync::CancellationToken;
 
+use crate::ahead::{Means, PATIENCE, Waiting};
 use crate::cgroup::{Cgroups, GroupWatch, JobCgroup};
 use crate::collect::{self, Collected};
 use crate::config::EngineConfig;
@@ -28,7 +29,7 @@ use crate::prepare::{OwnerMaps, Prepared, volumes_dir};
 use crate::refusal::Refusal;
 use crate::report::Report;
 use crate::seccomp;
-use crate::spawn::{Means, ParkedInits, spawn, with_source};
+use crate::spawn::{spawn, with_source};
 use crate::supervise::supervise;
 use crate::terminal::Strokes;
 
@@ -86,7 +87,7 @@ struct Inner {
     host: Option<HostLayer>,
     ids: IdRanges,
     owner_maps: Vec<SlotMaps>,
-    parked: ParkedInits,
+    waiting: Waiting,
     reaped: u64,
     gauges: Mutex<BTreeMap<u32, LiveGroup>>,
     inside: Mutex<BTreeMap<JobId, Arc<Inside>>>,
@@ -136,6 +137,22 @@ impl LiveGroup {
     }
 }
 
+impl Inner {
+    /// What is needed for making a sandbox in a slot; none if there is no such slot.
+    fn means(&self, slot: u32) -> Option<Means<'_>> {
+        Some(Means {
+            launcher: &self.launcher,
+            waiting: &self.waiting,
+            cgroups: &self.cgroups,
+            config: &self.config,
+            host: self.host.as_ref(),
+            owner_maps: self.owner_maps.get(slot as usize)?.borrowed(),
+            ids: self.ids.of(slot)?,
+            network: self.config.network_namespace,
+        })
+    }
+}
+
 impl Engine {
     /// An engine on this host: looks at what the kernel can do, removes what a killed predecessor left.
     ///
@@ -182,7 +199,7 @@ impl Engine {
             host,
             ids,
             owner_maps,
-            parked: ParkedInits::default(),
+            waiting: Waiting::default(),
             reaped,
             gauges: Mutex::new(BTreeMap::new()),
             inside: Mutex::new(BTreeMap::new()),
@@ -226,27 +243,21 @@ impl Engine {
         observer: &dyn Observer,
         course: &mut Course,
     ) -> Result<Prepared, Refusal> {
-        let inner = &*self.0;
-        let no_slot = || Refusal::host("there is no such slot");
-        let ids = inner.ids.of(order.slot).ok_or_else(no_slot)?;
-        let mut prepared = self.prepare(plan, ids).await?;
+        let means = self.0.means(order.slot).ok_or_else(|| Refusal::host("there is no such slot"))?;
+        let ids = means.ids;
+        let (mut prepared, mut built) = match means.take_ahead(plan) {
+            Some(mut ahead) => {
+                ahead.prepared.add_files(plan)?;
+                (ahead.prepared, Some(ahead.built))
+            }
+            None => (self.prepare(plan, ids).await?, None),
+        };
+        course.remains.root = plan.root_alone();
         let told = AtomicBool::new(false);
         for (number, step) in plan.steps.iter().enumerate() {
-            let means = Means {
-                launcher: &inner.launcher,
-                parked: &inner.parked,
-                cgroups: &inner.cgroups,
-                owner_maps: inner
-                    .owner_maps
-                    .get(order.slot as usize)
-                    .map(SlotMaps::borrowed)
-                    .ok_or_else(no_slot)?,
-                ids,
-                network: inner.config.network_namespace,
-            };
             // Two overlays on one upper directory must not be mounted at one time.
             course.remains.mounts.clear();
-            let running = spawn(means, plan, number, &prepared)?;
+            let running = spawn(means, plan, number, &prepared, built.take())?;
             let _live = self.register(order.slot, &running.cgroup, step.limits.memory_bytes);
             let _open = self.open(order.job.id, Inside::new(&running, plan, step, ids)?);
             if !told.swap(true, Ordering::Relaxed) {
@@ -285,6 +296,27 @@ impl Engine {
         let (collected, prepared) = tokio::task::spawn_blocking(work).await.map_err(|e| failed(&e))?;
         remains.prepared = Some(prepared);
         collected.map_err(|e| failed(&e))
+    }
+
+    /// Has a slot's sandbox let go when it has waited for too long.
+    fn watch_ahead(&self, ids: IdRange) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        if !self.0.waiting.watch(ids) {
+            return;
+        }
+        let engine = Arc::downgrade(&self.0);
+        runtime.spawn(async move {
+            let mut wait = PATIENCE;
+            loop {
+                tokio::time::sleep(wait).await;
+                let Some(engine) = engine.upgrade() else { return };
+                let looked = tokio::task::spawn_blocking(move || engine.waiting.outstayed(ids)).await;
+                match looked {
+                    Ok(Some(left)) => wait = left,
+                    _ => return,
+                }
+            }
+        });
     }
 
     fn register(&self, slot: u32, group: &JobCgroup, memory_limit_bytes: u64) -> Live<'_> {
@@ -346,6 +378,12 @@ impl Engine {
         self.0.config.slots
     }
 
+    /// How many jobs found their sandbox built before they were asked for.
+    #[must_use]
+    pub fn used_ahead(&self) -> u64 {
+        self.0.waiting.used()
+    }
+
     /// How many left-over sandboxes were removed at the start.
     #[must_use]
     pub fn reaped(&self) -> u64 {
@@ -362,13 +400,15 @@ pub struct Remains {
     mounts: Vec<OwnedFd>,
     prepared: Option<Prepared>,
     cgroups: Vec<JobCgroup>,
+    /// The file system that the slot's next job may have too.
+    root: Option<JobPlan>,
     engine: Engine,
     slot: u32,
 }
 
 impl Remains {
     fn new(engine: Engine, slot: u32) -> Self {
-        Self { mounts: Vec::new(), prepared: None, cgroups: Vec::new(), engine, slot }
+        Self { mounts: Vec::new(), prepared: None, cgroups: Vec::new(), root: None, engine, slot }
     }
 
     /// Adds a step's cgroup and mount namespace.
@@ -391,9 +431,9 @@ impl Drop for Remains {
         if !inner.config.prepare_ahead {
             return;
         }
-        inner.cgroups.make_spare(inner.config.slots as usize);
-        if let Some(ids) = inner.ids.of(self.slot) {
-            inner.parked.refill(&inner.launcher, ids, inner.config.network_namespace);
+        if let Some(means) = inner.means(self.slot) {
+            means.refill(self.root.as_ref());
+            self.engine.watch_ahead(means.ids);
         }
     }
 }

@@ -5,6 +5,7 @@
 //!
 //! What is not here: the network, the queue, and unsafe code.
 
+mod ahead;
 mod capture;
 mod cgroup;
 mod collect;

@@ -21,7 +21,7 @@ use hutch_sandbox_sys::{Errno, IdRange};
 use hutch_trees::{InUse, LayerFacts};
 use nix::fcntl::{AT_FDCWD, FcntlArg, OFlag, SealFlag, fcntl, openat};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::stat::{Mode, mkdirat};
+use nix::sys::stat::{Mode, fstat, mkdirat};
 
 use crate::config::EngineConfig;
 use crate::hostlayer::HostLayer;
@@ -90,8 +90,7 @@ impl Prepared {
         let mut stored = Vec::new();
         let mut newest_s = 0;
         for (index, layer) in plan.layers.iter().enumerate() {
-            // One that comes again further up is hidden by itself, and overlayfs refuses to have it twice.
-            if plan.layers[index + 1..].contains(layer) {
+            if is_hidden(plan, index) {
                 continue;
             }
             let dir = match layer {
@@ -123,14 +122,34 @@ impl Prepared {
         let prefixes: Vec<_> =
             std::iter::once("").chain(trees.iter().map(|(path, _)| path.as_str())).collect();
         let scratch = Scratch::make(plan, config, &prefixes, ids)?;
-        let files: Vec<&[u8]> = plan.files.iter().map(|file| file.bytes.as_slice()).collect();
-        let payload = if files.is_empty() { None } else { Some(sealed(&files)?) };
         let mounts = MountPlan {
             layers,
             trees,
             targets: plan.volumes.iter().map(|volume| volume.target.clone()).collect(),
         };
-        Ok(Self { mounts, shown, volumes, scratch, _stored: stored, newest_s, payload })
+        let mut made = Self { mounts, shown, volumes, scratch, _stored: stored, newest_s, payload: None };
+        made.add_files(plan)?;
+        Ok(made)
+    }
+
+    /// Adds the files that come with a job.
+    pub(crate) fn add_files(&mut self, plan: &JobPlan) -> Result<(), Refusal> {
+        let files: Vec<&[u8]> = plan.files.iter().map(|file| file.bytes.as_slice()).collect();
+        self.payload = if files.is_empty() { None } else { Some(sealed(&files)?) };
+        Ok(())
+    }
+
+    /// Whether the directories of a plan's layers are those that were opened for it. Layers of the store never change.
+    pub(crate) fn is_current(&self, plan: &JobPlan, config: &EngineConfig) -> bool {
+        let mut shown = self.shown.iter();
+        plan.layers.iter().enumerate().all(|(index, layer)| {
+            if is_hidden(plan, index) {
+                return true;
+            }
+            let Some(shown) = shown.next() else { return false };
+            let LayerSource::Dir(path) = layer else { return true };
+            open_layer(path, index, config).is_ok_and(|dir| is_same(&dir, &shown.dir))
+        })
     }
 
     /// Fresh mounts for one step.
@@ -141,6 +160,18 @@ impl Prepared {
             layers: all(&self.shown).map_err(failed)?,
             volumes: all(&self.volumes).map_err(failed)?,
         })
+    }
+}
+
+/// One that comes again further up is hidden by itself, and overlayfs refuses to have it twice.
+fn is_hidden(plan: &JobPlan, index: usize) -> bool {
+    plan.layers[index + 1..].contains(&plan.layers[index])
+}
+
+fn is_same(one: &OwnedFd, other: &OwnedFd) -> bool {
+    match (fstat(one), fstat(other)) {
+        (Ok(one), Ok(other)) => (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino),
+        _ => false,
     }
 }
 

@@ -1,26 +1,23 @@
-//! From prepared to running: pipes, cgroup, plan, and the launcher's word that init lives.
+//! From prepared to running: init is told of the file system, then of the program; meanwhile pipes and a cgroup are made.
 
-use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
+use hutch_proto::{Limits, SeccompRefused};
+use hutch_sandbox_sys::defence::{Defence, without};
 use hutch_sandbox_sys::notify::listener_socket;
 use hutch_sandbox_sys::{
-    Errno, FdIndex, FileWrite, HandedBack, IdRange, Launcher, NetworkNamespace, Parked, Plan, Program,
-    ProgramCgroup, Started,
+    Built, Errno, FdIndex, FileWrite, HandedBack, Plan, Program, ProgramCgroup, Started,
 };
-use std::sync::{Mutex, PoisonError};
-
-use hutch_proto::{Limits, SeccompRefused};
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 
-use crate::cgroup::{Cgroups, Entrance, JobCgroup};
-use crate::plan::{JobPlan, Slots, mount_steps, rlimits};
-use crate::prepare::{OwnerMaps, Prepared, sealed};
+use crate::ahead::Means;
+use crate::cgroup::{Entrance, JobCgroup};
+use crate::plan::{JobPlan, rlimits};
+use crate::prepare::{Prepared, sealed};
 use crate::refusal::Refusal;
 use crate::seccomp;
 use crate::terminal::DEFAULT_SIZE;
-use hutch_sandbox_sys::defence::{Defence, without};
 
 /// A sandbox whose init lives.
 #[derive(Debug)]
@@ -61,48 +58,7 @@ impl<'a> FdList<'a> {
     }
 }
 
-/// What spawning needs of the engine.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Means<'a> {
-    pub(crate) launcher: &'a Launcher,
-    pub(crate) parked: &'a ParkedInits,
-    pub(crate) cgroups: &'a Cgroups,
-    pub(crate) owner_maps: OwnerMaps<'a>,
-    pub(crate) ids: IdRange,
-    pub(crate) network: NetworkNamespace,
-}
-
-/// Inits that wait for an order, one for each slot that has been used.
-#[derive(Debug, Default)]
-pub(crate) struct ParkedInits(Mutex<BTreeMap<u32, Parked>>);
-
-impl ParkedInits {
-    fn take(&self, ids: IdRange) -> Option<Parked> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&ids.base)
-    }
-
-    /// Has the next one made. A failure shows when it is needed.
-    pub(crate) fn refill(&self, launcher: &Launcher, ids: IdRange, network: NetworkNamespace) {
-        if let Ok(parked) = launcher.park(ids, network) {
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(ids.base, parked);
-        }
-    }
-}
-
-impl Means<'_> {
-    /// Gives the order to an init that waits, or to a new one. One that was killed while it waited is no fault of the job.
-    fn start(&self, plan: &Plan, fds: &[BorrowedFd<'_>]) -> hutch_sandbox_sys::Result<Started> {
-        match self.parked.take(self.ids).map(|parked| parked.start(plan, fds)) {
-            Some(Ok(started)) => Ok(started),
-            Some(Err(Errno::EPIPE | Errno::ECONNRESET | Errno::ENOTCONN)) | None => {
-                self.launcher.park(self.ids, self.network)?.start(plan, fds)
-            }
-            Some(Err(e)) => Err(e),
-        }
-    }
-}
-
-/// Starts one step of a job, by its place in the plan.
+/// Starts one step of a job, by its place in the plan, in the sandbox that was built ahead or in a new one.
 ///
 /// # Errors
 /// `host_error`, with the operation that failed.
@@ -111,9 +67,15 @@ pub(crate) fn spawn(
     job: &JobPlan,
     number: usize,
     prepared: &Prepared,
+    built: Option<Built>,
 ) -> Result<Running, Refusal> {
     let step = job.steps.get(number).ok_or_else(|| Refusal::host("there is no such step"))?;
     let (first, last) = (number == 0, number + 1 == job.steps.len());
+    // It builds while all else is made here.
+    let built = match built {
+        Some(built) => built,
+        None => means.build(prepared, last)?,
+    };
     let carried_bytes = carried(job, prepared, first);
     let limits = Limits {
         memory_bytes: step.limits.memory_bytes.saturating_sub(carried_bytes).max(LEAST_MEMORY),
@@ -123,7 +85,6 @@ pub(crate) fn spawn(
     let mut cgroup = means.cgroups.take(&limits).map_err(|e| Refusal::host(with_source(&e)))?;
     let out_of_memory = cgroup.take_out_of_memory();
     let entrance = cgroup.entrance().map_err(|e| Refusal::host(with_source(&e)))?;
-    let mounts = prepared.step_mounts(means.owner_maps)?;
     let stdin = if step.stdin.is_empty() || step.terminal { None } else { Some(sealed(&[&step.stdin])?) };
     let (report, report_end) = pipe()?;
     let (stdout, stdout_end) = output_pipe()?;
@@ -144,11 +105,6 @@ pub(crate) fn spawn(
     let listener = refusals_end.as_ref().map(|end| fds.add([end.as_fd()]));
     let stdout_index = fds.add([stdout_end.as_fd()]);
     let stderr_index = fds.add([stderr_end.as_fd()]);
-    let slots = Slots {
-        layers: fds.add(mounts.layers.iter().map(OwnedFd::as_fd)),
-        scratch: fds.add([prepared.scratch.mount()]),
-        volumes: fds.add(mounts.volumes.iter().map(OwnedFd::as_fd)),
-    };
     let payload = prepared.payload.as_ref().filter(|_| first).map(|payload| fds.add([payload.as_fd()]));
     let unified;
     let program_cgroup = match entrance {
@@ -162,7 +118,6 @@ pub(crate) fn spawn(
     let plan = Plan {
         hostname: job.hostname.clone(),
         report: report_index,
-        steps: mount_steps(&prepared.mounts, slots, last),
         ids: means.ids,
         program: Program {
             cgroup: program_cgroup,
@@ -184,7 +139,7 @@ pub(crate) fn spawn(
             listener,
         },
     };
-    let Started { init, mounts, handed_back } = means
+    let Started { init, mounts, handed_back } = built
         .start(&plan, &fds.0)
         .map_err(|e| Refusal::host(format!("the launcher could not start a sandbox: {}", e.desc())))?;
     Ok(Running {

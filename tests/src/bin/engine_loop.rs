@@ -5,6 +5,7 @@
 //! - `engine_loop sleep DIR COUNT`: that many jobs at one time, each of which sleeps; `ready` when all run, then what
 //!   came of each.
 //! - `engine_loop exec DIR ORDERS`: one job, and others in it while it runs; how each ended.
+//! - `engine_loop acts DIR ACTS`: jobs one after another, and what is done to files between them; see `play`.
 //! - `engine_loop once DIR SPEC [ALLOWED]`: one job, by the rules of a worker whose config allows nothing, or this
 //!   one directory; the JobResult.
 
@@ -54,7 +55,14 @@ fn main() -> Result<(), Failure> {
             let engine = Engine::new(launcher, open_config(dir, 1))?;
             runtime.block_on(exec(engine.into(), &serde_json::from_str(orders)?))
         }
-        _ => Err("many DIR COUNT, sleep DIR COUNT, exec DIR ORDERS, or once DIR SPEC [ALLOWED]".into()),
+        ["acts", dir, acts] => {
+            let engine = Engine::new(launcher, open_config(dir, 1))?;
+            runtime.block_on(play(&engine, &serde_json::from_str::<Vec<Value>>(acts)?))
+        }
+        _ => {
+            Err("acts DIR ACTS, many DIR COUNT, sleep DIR COUNT, exec DIR ORDERS, or once DIR SPEC [ALLOWED]"
+                .into())
+        }
     }
 }
 
@@ -72,6 +80,33 @@ fn say(value: &Value) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{value}")?;
     Ok(out.flush()?)
+}
+
+/// Jobs in one slot, and what happens to files between them; what each job wrote, and how many of them had found their
+/// sandbox built by then. `"idle": true` waits until nothing waits for the next job, a minute at most.
+async fn play(engine: &Engine, acts: &[Value]) -> Result<(), Failure> {
+    let own = Process::of(std::process::id()).ok_or("no such process")?;
+    for act in acts {
+        let text = |name: &str, at: usize| act[name][at].as_str().unwrap_or_default().to_owned();
+        if !act["write"].is_null() {
+            std::fs::write(text("write", 0), text("write", 1))?;
+        } else if !act["rename"].is_null() {
+            std::fs::rename(text("rename", 0), text("rename", 1))?;
+        } else if !act["idle"].is_null() {
+            let patience = Instant::now() + Duration::from_secs(60);
+            while own.children().iter().any(|launcher| !launcher.children().is_empty()) {
+                if Instant::now() > patience {
+                    return Err("something waits still".into());
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        } else {
+            let result = run(engine, &act["job"], 0, &Unobserved).await?;
+            let stdout = String::from_utf8_lossy(&result.stdout.data).into_owned();
+            say(&json!({"stdout": stdout, "message": result.message, "ahead": engine.used_ahead()}))?;
+        }
+    }
+    Ok(())
 }
 
 /// Keeps what a program writes.

@@ -2,7 +2,8 @@
 //! and reaps.
 //!
 //! In order: init prepares what is the same for every job ([`parked`]) and waits for an order; it walks the
-//! order's steps, starts the program's process, gives up its own privileges, and waits. The program's
+//! order's steps, and waits for another, of a program; it starts the program's process, gives up its own privileges, and
+//! waits. The program's
 //! process ([`program`]) enters its cgroup and its user namespace, writes files, becomes the user, confines itself
 //! and runs; until then it shares init's memory, and init stands still. When it ends, init says how and
 //! ends too; being pid 1 of the sandbox, it takes all that is left of it along (pid_namespaces(7)).
@@ -20,7 +21,7 @@ pub mod user;
 pub(crate) mod usher;
 
 use std::ffi::CStr;
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::stat::Mode;
@@ -29,7 +30,7 @@ use nix::unistd::Pid;
 use crate::bpf::Filters;
 use crate::defence::{Defence, without};
 use crate::network::NetworkNamespace;
-use crate::order::{CgroupRef, Order};
+use crate::order::{CgroupRef, Order, RootOrder};
 use crate::plan::{FdIndex, IdRange};
 use crate::process::{
     Beside, CAP_KILL, Stack, close_range, exit_now, keep_capabilities, monotonic_ns, prctl, start_sharing,
@@ -81,7 +82,6 @@ impl Workspace {
 pub(crate) struct Sandbox<'a> {
     order: Order<'a>,
     socket: BorrowedFd<'a>,
-    overlays: OverlayApi,
     fds: &'a [RawFd],
     report: BorrowedFd<'a>,
     userns: BorrowedFd<'a>,
@@ -89,6 +89,14 @@ pub(crate) struct Sandbox<'a> {
     database: &'a mut [u8],
     argv: &'a mut Vec<*const libc::c_char>,
     envp: &'a mut Vec<*const libc::c_char>,
+}
+
+/// What the file system is built with.
+struct Site<'a> {
+    socket: BorrowedFd<'a>,
+    overlays: OverlayApi,
+    fds: &'a [RawFd],
+    ids: IdRange,
 }
 
 impl Sandbox<'_> {
@@ -149,12 +157,18 @@ pub(crate) fn init(
         begin().map_err(Failure::at(Stage::Launch)).and_then(|()| parked::prepare(ids, network, stack));
     // Without an order there is nobody to tell anything.
     let Ok(Some((bytes, fds))) = mailbox.receive(socket) else { exit_now(1) };
+    let Ok(RootOrder { steps }) = RootOrder::parse(bytes) else { exit_now(1) };
+    let built = prepared.and_then(|userns| {
+        steps::walk(steps, &Site { socket, overlays, fds, ids })?;
+        Ok(userns)
+    });
+    close_all(fds);
+    let Ok(Some((bytes, fds))) = mailbox.receive(socket) else { exit_now(1) };
     let Ok(order) = Order::parse(bytes) else { exit_now(1) };
     let Ok(report) = fd_of(fds, order.report) else { exit_now(1) };
-    let started = prepared.and_then(|userns| {
+    let started = built.and_then(|userns| {
         let userns = lasting(userns);
-        let mut sandbox =
-            Sandbox { order, socket, overlays, fds, report, userns, filters, database, argv, envp };
+        let mut sandbox = Sandbox { order, socket, fds, report, userns, filters, database, argv, envp };
         start(&mut sandbox, stack, ids)
     });
     let code = match started {
@@ -165,6 +179,14 @@ pub(crate) fn init(
         }
     };
     exit_now(code)
+}
+
+/// Closes what came with an order that has been carried out.
+fn close_all(fds: &[RawFd]) {
+    for fd in fds {
+        // SAFETY: it came with the order, and nobody uses it any more.
+        drop(unsafe { OwnedFd::from_raw_fd(*fd) });
+    }
 }
 
 /// A descriptor that stays open until exec or exit.
@@ -186,7 +208,7 @@ fn begin() -> Result<()> {
     Ok(())
 }
 
-/// Builds the sandbox and starts the program.
+/// Starts the program in the sandbox that was built.
 fn start(sandbox: &mut Sandbox<'_>, stack: &mut Stack, ids: IdRange) -> core::result::Result<Pid, Failure> {
     let launch = Failure::at(Stage::Launch);
     // The prepared namespace maps these and no others.
@@ -194,7 +216,6 @@ fn start(sandbox: &mut Sandbox<'_>, stack: &mut Stack, ids: IdRange) -> core::re
         return Err(launch(Errno::EBADMSG));
     }
     nix::unistd::sethostname(sandbox.order.hostname).map_err(&launch)?;
-    steps::walk(sandbox)?;
     let program = start_program(sandbox, stack)?;
     retire(sandbox).map_err(Failure::at(Stage::Confine))?;
     Ok(program)

@@ -10,20 +10,21 @@ use nix::sys::stat::Mode;
 use super::files::{Owner, RESOLVE, make_directory};
 use super::overlay::{self, Parts};
 use super::receive::give;
-use super::{Failure, Sandbox, parked};
+use super::{Failure, Site, fd_of, parked};
 use crate::channel::Handed;
 use crate::defence::{Defence, without};
 use crate::mount::{
     RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, attach, clone_tree, open_beneath, relocate, restrict,
 };
-use crate::order::StepRef;
+use crate::order::{List, StepRef};
+use crate::plan::FdIndex;
 use crate::record::Stage;
 use crate::tinyroot;
 use crate::{Errno, Result};
 
 /// What init holds while it builds.
-struct Site<'a> {
-    sandbox: &'a Sandbox<'a>,
+struct Building<'a> {
+    site: &'a Site<'a>,
     /// The sandbox's root, once its overlay is there.
     root: Option<OwnedFd>,
     /// The sandbox's uid 0, as the host sees it.
@@ -31,13 +32,13 @@ struct Site<'a> {
 }
 
 /// Walks all steps; a failure names the step.
-pub(super) fn walk(sandbox: &Sandbox<'_>) -> core::result::Result<(), Failure> {
-    let base = sandbox.order.ids.base;
-    let mut site = Site { sandbox, root: None, owner: Owner { uid: base, gid: base } };
-    for (index, step) in sandbox.order.steps.enumerate() {
+pub(super) fn walk(steps: List<'_, StepRef<'_>>, site: &Site<'_>) -> core::result::Result<(), Failure> {
+    let base = site.ids.base;
+    let mut building = Building { site, root: None, owner: Owner { uid: base, gid: base } };
+    for (index, step) in steps.enumerate() {
         let failed = Failure::of(Stage::Step, index);
         let step = step.map_err(&failed)?;
-        site.perform(step).map_err(|errno| match step {
+        building.perform(step).map_err(|errno| match step {
             StepRef::Volume { index, .. } => Failure { stage: Stage::Volume, errno, index },
             _ => failed(errno),
         })?;
@@ -45,12 +46,16 @@ pub(super) fn walk(sandbox: &Sandbox<'_>) -> core::result::Result<(), Failure> {
     Ok(())
 }
 
-impl Site<'_> {
+impl Building<'_> {
+    fn fd(&self, index: FdIndex) -> Result<BorrowedFd<'_>> {
+        fd_of(self.site.fds, index)
+    }
+
     fn perform(&mut self, step: StepRef<'_>) -> Result<()> {
         match step {
-            StepRef::Attach { mount, target } => attach(self.sandbox.fd(mount)?, AT_FDCWD, target.get()?),
+            StepRef::Attach { mount, target } => attach(self.fd(mount)?, AT_FDCWD, target.get()?),
             StepRef::HandBack { source } => {
-                give(self.sandbox.socket, Handed::Scratch, clone_tree(AT_FDCWD, source.get()?)?.as_fd())
+                give(self.site.socket, Handed::Scratch, clone_tree(AT_FDCWD, source.get()?)?.as_fd())
             }
             StepRef::Overlay { lowers, upper, work, target } => {
                 let parts = Parts { lowers, upper: upper.get()?, work: work.get()? };
@@ -64,7 +69,7 @@ impl Site<'_> {
             StepRef::Devices => relocate(parked::DEVICES, self.own_directory(c"dev")?.as_fd()),
             StepRef::Volume { mount, inside, .. } => {
                 let place = make_directory(self.root()?, inside.get()?, 0o755, self.owner)?;
-                attach(self.sandbox.fd(mount)?, place.as_fd(), c"")
+                attach(self.fd(mount)?, place.as_fd(), c"")
             }
             StepRef::Bind { source, inside, attributes } => {
                 let mount = clone_tree(AT_FDCWD, source.get()?)?;
@@ -94,13 +99,13 @@ impl Site<'_> {
     fn overlay(&mut self, parts: Parts<'_>, target: &CStr) -> Result<()> {
         match &self.root {
             None => {
-                overlay::mount_at(self.sandbox.overlays, parts, target)?;
+                overlay::mount_at(self.site.overlays, parts, target)?;
                 let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
                 self.root = Some(openat(AT_FDCWD, target, flags, Mode::empty())?);
                 Ok(())
             }
             Some(_) => {
-                overlay::mount_at(self.sandbox.overlays, parts, tinyroot::TREE)?;
+                overlay::mount_at(self.site.overlays, parts, tinyroot::TREE)?;
                 let place = make_directory(self.root()?, target, 0o755, self.owner)?;
                 relocate(tinyroot::TREE, place.as_fd())
             }

@@ -29,8 +29,7 @@ pub(crate) fn usher(
     userns: OwnedFd,
     filters: &Filters,
 ) -> ! {
-    let Workspace { mailbox, database, stack, argv, envp, overlays } = workspace;
-    let overlays = *overlays;
+    let Workspace { mailbox, database, stack, argv, envp, .. } = workspace;
     let userns = lasting(userns);
     let entered = begin()
         .and_then(|()| let_go([socket.as_raw_fd(), init.as_raw_fd(), userns.as_raw_fd()]))
@@ -39,8 +38,7 @@ pub(crate) fn usher(
     let Ok(order) = Order::parse(bytes) else { exit_now(1) };
     let Ok(report) = fd_of(fds, order.report) else { exit_now(1) };
     let started = entered.map_err(Failure::at(Stage::Launch)).and_then(|()| {
-        let mut sandbox =
-            Sandbox { order, socket, overlays, fds, report, userns, filters, database, argv, envp };
+        let mut sandbox = Sandbox { order, socket, fds, report, userns, filters, database, argv, envp };
         let program = start_program(&mut sandbox, stack)?;
         // Not a reason to leave the program without somebody who reaps it.
         let _ = retire(&sandbox);

@@ -148,6 +148,35 @@ impl JobPlan {
     }
 }
 
+impl JobPlan {
+    /// The file system alone, if one like it may be built before it is asked for: what is in it does not depend on
+    /// the job, and whether it is still the right one can be seen. Jobs of several steps, with volumes, or with scratch
+    /// space on disk have theirs made when they are run; so have those with a directory above the host's programs, in which
+    /// trees may appear that are stacked on the host's.
+    pub(crate) fn root_alone(&self) -> Option<Self> {
+        let on_host = self.layers.first() == Some(&LayerSource::Host)
+            && self.layers.iter().any(|layer| matches!(layer, LayerSource::Dir(_)));
+        if self.steps.len() != 1 || !self.volumes.is_empty() || self.scratch_on_disk || on_host {
+            return None;
+        }
+        Some(Self {
+            hostname: String::new(),
+            layers: self.layers.clone(),
+            volumes: Vec::new(),
+            files: Vec::new(),
+            user: String::new(),
+            group: None,
+            steps: Vec::new(),
+            disk_bytes: self.disk_bytes,
+            disk_inodes: self.disk_inodes,
+            scratch_on_disk: false,
+            globs: Vec::new(),
+            commit: false,
+            commit_time_s: None,
+        })
+    }
+}
+
 /// The bytes of a content that was given in place.
 fn inline(content: &Content, path: &str) -> Result<Vec<u8>, Refusal> {
     match content {
