@@ -19,6 +19,7 @@ pub(crate) const FOR_TESTS: &[Package] = &[
     ("python3-venv", "/usr/share/doc/python3-venv"),
     ("stress-ng", "/usr/bin/stress-ng"),
     ("zstd", "/usr/bin/zstd"),
+    ("strace", "/usr/bin/strace"),
     ("umoci", "/usr/bin/umoci"),
     ("skopeo", "/usr/bin/skopeo"),
     ("docker-registry", "/usr/bin/docker-registry"),
