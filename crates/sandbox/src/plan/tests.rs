@@ -43,6 +43,26 @@ const SPEC: &str = r#"{
     ]
 }"#;
 
+/// The most allocations of parsing a usual spec and of planning it: raise one only for something that is worth it.
+const MOST_ALLOCATIONS: (u64, u64) = (46, 52);
+
+#[test]
+fn a_plan_allocates_no_more_than_it_did() {
+    const USUAL: &[u8] = br#"{"layers": ["host"], "command": ["python3", "main.py"], "cwd": "/box",
+        "stdin": {"text": "1 2"}, "files": [{"path": "/box/main.py", "text": "print(3)"}],
+        "limits": {"wall_time_ms": 10000, "cpu_time_ms": 5000, "memory_bytes": 268435456}}"#;
+    let (config, abilities) = (config(), abilities());
+    let spec = JobSpec::parse(USUAL).expect("spec");
+    let parsing = allocation_counter::measure(|| drop(JobSpec::parse(USUAL)));
+    let planning = allocation_counter::measure(|| drop(JobPlan::new(&spec, &config, &abilities)));
+    let counts = (parsing.count_total, planning.count_total);
+    assert!(
+        counts.0 <= MOST_ALLOCATIONS.0 && counts.1 <= MOST_ALLOCATIONS.1,
+        "{counts:?} allocations of parsing and planning, {MOST_ALLOCATIONS:?} at most"
+    );
+    assert!(counts.0 > 0 && counts.1 > 0, "{counts:?}: nothing was counted");
+}
+
 #[test]
 fn a_job_is_decided_whole() {
     insta::assert_debug_snapshot!("job", plan(SPEC).expect("plan"));
