@@ -72,8 +72,9 @@ fn in_words(error: &serde_json::Error) -> String {
 
 fn wanted(expected: &str) -> &str {
     match expected {
-        "u8" => "a whole number from 0 to 255",
-        "u32" => "a whole number from 0 to 4294967295",
+        // Of a spec the priority alone has this type, and the attempts alone the next.
+        "u8" => "a whole number from 0 to 31",
+        "u32" => "a whole number from 1 to 100",
         "u64" => "a whole number from 0 on",
         "a boolean" => "true or false",
         "a sequence" => "an array",

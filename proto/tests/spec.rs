@@ -202,7 +202,11 @@ const BAD: &[(&str, &[&str])] = &[
     ),
     (r#"{"layers": ["host"], "queue": "a/b"}"#, &["queue", "letters"]),
     (r#"{"layers": ["host"], "priority": 32}"#, &["priority", "0..=31"]),
-    (r#"{"layers": ["host"], "priority": 300}"#, &["priority: a whole number"]),
+    (r#"{"layers": ["host"], "priority": 300}"#, &["priority: a whole number from 0 to 31 is expected"]),
+    (
+        r#"{"layers": ["host"], "max_attempts": -1}"#,
+        &["max_attempts: a whole number from 1 to 100 is expected"],
+    ),
     (r#"{"layers": ["host"], "max_attempts": 0}"#, &["max_attempts", "1..=100"]),
     (r#"{"layers": ["host"], "labels": {"a b": "c"}}"#, &["labels", "a b"]),
     (r#"{"layers": ["host"], "labels": {"a": "\u001b[31m"}}"#, &["labels.a", "control"]),

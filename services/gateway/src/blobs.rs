@@ -12,7 +12,7 @@ use hutch_proto::{Digest, IdError};
 use serde_json::json;
 
 use crate::Gateway;
-use crate::extract::pieces;
+use crate::extract::{pieces, read_away};
 use crate::outputs::foreign;
 use crate::problem::Problem;
 
@@ -21,6 +21,7 @@ pub(crate) async fn upload(State(gateway): State<Arc<Gateway>>, body: Body) -> R
     let most = gateway.config.max_blob_bytes;
     let announced = body.size_hint().lower();
     if announced > most {
+        read_away(pieces(body)).await;
         return Err(Problem::too_large(format!("a blob may have {most} bytes, this one has {announced}")));
     }
     let stored = gateway.blobs.put_stream(pieces(body), most).await?;

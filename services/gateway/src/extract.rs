@@ -37,17 +37,23 @@ pub(crate) struct Query(HashMap<String, String>);
 impl Query {
     /// Reads the query of a request; `known` are the keys that it may have.
     pub(crate) fn of(parts: &axum::http::Uri, known: &[&str]) -> Result<Self, Problem> {
-        let axum::extract::Query(fields): axum::extract::Query<HashMap<String, String>> =
+        let axum::extract::Query(pairs): axum::extract::Query<Vec<(String, String)>> =
             axum::extract::Query::try_from_uri(parts)
                 .map_err(|error| Problem::bad_request(error.body_text()))?;
-        match fields.keys().find(|key| !known.contains(&key.as_str())) {
-            Some(key) => Err(Problem::bad_request(format!(
-                "`{}` is not known here; the query may have {}",
-                key.chars().take(40).collect::<String>(),
-                if known.is_empty() { "nothing".to_owned() } else { known.join(", ") }
-            ))),
-            None => Ok(Self(fields)),
+        let mut fields = HashMap::new();
+        for (key, value) in pairs {
+            let shown: String = key.chars().take(40).collect();
+            if !known.contains(&key.as_str()) {
+                return Err(Problem::bad_request(format!(
+                    "`{shown}` is not known here; the query may have {}",
+                    if known.is_empty() { "nothing".to_owned() } else { known.join(", ") }
+                )));
+            }
+            if fields.insert(key, value).is_some() {
+                return Err(Problem::bad_request(format!("`{shown}` is given twice, once is expected")));
+            }
         }
+        Ok(Self(fields))
     }
 
     /// A field as it stands; one that is empty counts as left out.
@@ -87,18 +93,37 @@ pub(crate) fn pieces(body: Body) -> BoxStream<'static, Result<Bytes, io::Error>>
 
 /// The whole body, if it is not too large.
 pub(crate) async fn whole(body: Body, most: usize, instead: &str) -> Result<Vec<u8>, Problem> {
-    let too_large = || Problem::too_large(format!("a body may have {most} bytes here{instead}"));
-    if body.size_hint().lower() > most as u64 {
-        return Err(too_large());
-    }
+    let announced = body.size_hint().lower();
     let mut whole = Vec::new();
     let mut stream = pieces(body);
-    while let Some(piece) = stream.next().await {
+    while announced <= most as u64 {
+        let Some(piece) = stream.next().await else { return Ok(whole) };
         let piece = piece.map_err(|error| Problem::bad_request(format!("the body broke off: {error}")))?;
         if whole.len() + piece.len() > most {
-            return Err(too_large());
+            break;
         }
         whole.extend_from_slice(&piece);
     }
-    Ok(whole)
+    read_away(stream).await;
+    Err(Problem::too_large(format!("a body may have {most} bytes here{instead}")))
+}
+
+/// How much of a body that is refused is still read, and for how long.
+const UNREAD: usize = 64 << 20;
+const UNREAD_WAIT: Duration = Duration::from_secs(10);
+
+/// Reads what is left of a body that is refused. Many clients read no answer before they have sent everything, and see
+/// but a connection that broke where it is closed on them.
+pub(crate) async fn read_away(mut stream: BoxStream<'static, Result<Bytes, io::Error>>) {
+    let reading = async {
+        let mut left = UNREAD;
+        while let Some(Ok(piece)) = stream.next().await {
+            left = left.saturating_sub(piece.len());
+            if left == 0 {
+                return;
+            }
+        }
+    };
+    // Who is slower than that has been heard for long enough.
+    let _ = tokio::time::timeout(UNREAD_WAIT, reading).await;
 }

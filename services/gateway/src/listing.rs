@@ -119,6 +119,7 @@ mod tests {
             ("limit=0", "1..=500"),
             ("limit=x", "number"),
             ("colour=red", "`colour`"),
+            ("label=a:b&label=c:d", "`label` is given twice"),
         ] {
             let problem = of(query).expect_err(query);
             assert!(problem.detail.contains(word), "{query}: {}", problem.detail);

@@ -5,6 +5,8 @@ mod house;
 use axum::http::{Method, StatusCode};
 use hutch_proto::{Event, EventKind, JobId, OutputChunk, Timestamp};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 use house::{Answer, House, output_file, tar_zst};
 
@@ -107,6 +109,32 @@ async fn what_is_wrong_is_a_problem_that_says_where() {
     let paths: Vec<&str> =
         problem["problems"].as_array().expect("problems").iter().filter_map(|p| p["path"].as_str()).collect();
     assert_eq!(paths, ["layers", "priority"]);
+}
+
+/// A client that sends all of its request before it reads anything, as most do.
+#[tokio::test]
+async fn a_body_that_is_too_large_is_read_to_its_end_before_the_answer() {
+    let house = House::new().await;
+    let address = house.serve().await;
+    for (path, announced) in
+        [("/v1/jobs", true), ("/v1/jobs", false), ("/v1/blobs", true), ("/v1/jobs/batch", true)]
+    {
+        let body = "x".repeat(40 << 20);
+        let (length, body) = match announced {
+            true => (format!("content-length: {}", body.len()), body),
+            false => {
+                ("transfer-encoding: chunked".to_owned(), format!("{:x}\r\n{body}\r\n0\r\n\r\n", body.len()))
+            }
+        };
+        let mut stream = TcpStream::connect(address).await.expect("connect");
+        let head =
+            format!("POST {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n{length}\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.expect("head");
+        stream.write_all(body.as_bytes()).await.unwrap_or_else(|error| panic!("{path} {announced}: {error}"));
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("answer");
+        assert!(answer.starts_with("HTTP/1.1 413 ") && answer.contains("too_large"), "{path}: {answer}");
+    }
 }
 
 #[tokio::test]

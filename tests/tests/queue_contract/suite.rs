@@ -207,10 +207,14 @@ pub(crate) async fn a_job_that_waits_too_long_expires<H: Home>() {
     assert_eq!(told, Status::Cancelled);
 
     let mut consumer = consumer(&queue, &name).await;
+    let mut late = job(&name);
+    late.expires_in_ms = Some(0);
+    queue.submit(&late).await.unwrap();
     let mut lively = job(&name);
     lively.expires_in_ms = Some(60_000);
     queue.submit(&lively).await.unwrap();
     assert_eq!(take(&mut consumer).await.job.id, lively.id);
+    assert_eq!(result(&queue, late.id).await.reason, Some(Reason::Expired), "at once, with a worker there");
 }
 
 async fn finished_event(events: &mut tokio::sync::broadcast::Receiver<Event>, id: JobId) -> Status {

@@ -136,8 +136,14 @@ pub(crate) async fn depths_are_told<H: Home>() {
     until("one to run", || async { (depth().await == Some((2, 1))).then_some(()) }).await;
     let answer = success(&lease, "");
     consumer.finish(lease, answer).await.unwrap();
-    drop(consumer);
     until("none to run", || async { (depth().await == Some((2, 0))).then_some(()) }).await;
+    for _ in 0..2 {
+        let lease = take(&mut consumer).await;
+        let answer = success(&lease, "");
+        consumer.finish(lease, answer).await.unwrap();
+    }
+    until("an empty queue to be told of too", || async { (depth().await == Some((0, 0))).then_some(()) })
+        .await;
 }
 
 pub(crate) async fn events_are_told<H: Home>() {

@@ -32,9 +32,9 @@ fn users() -> Vec<Row> {
             .stdout("1\n1\n/usr/sbin daemon\n/box\n1:1\n"),
         row("a user by number", who("1001")).stdout("1001\n1001\n/home/job job\n/home/job\n1001:1001\n"),
         row("a user by number, without an entry", who("1234"))
-            .stdout("1234\n1234\n/home/job-1234 job-1234\n/home/job-1234\n1234:1234\n"),
+            .stdout("1234\n1234\n/home/job job\n/home/job\n1234:1234\n"),
         row("user and group by number", who("1234:4321"))
-            .stdout("1234\n4321\n/home/job-1234 job-1234\n/home/job-1234\n1234:4321\n"),
+            .stdout("1234\n4321\n/home/job job\n/home/job\n1234:4321\n"),
         row("user and group by name", who("job:daemon").set("cwd", json!("/box")))
             .stdout("1001\n1\n/home/job job\n/box\n1001:1\n"),
         row("the highest numbers", who("65534:65534")).prints("65534\n65534\n"),
@@ -44,7 +44,30 @@ fn users() -> Vec<Row> {
             "a user with a name, in the sandbox's passwd",
             sh("id -un; id -gn; whoami").set("user", json!("1234:4321")),
         )
-        .stdout("job-1234\njob-4321\njob-1234\n"),
+        .stdout("job\njob\njob\n"),
+        row(
+            "a user by number has the name and the home to itself",
+            sh("touch ~/x && grep -c ^job: /etc/passwd && grep -c ^job: /etc/group && getent passwd job | cut -d: -f3")
+                .set("user", json!("1234")),
+        )
+        .stdout("1\n1\n1234\n"),
+        row(
+            "a user by number, where a layer has a user of that name",
+            sh("id -un; id -gn; echo $HOME")
+                .set("user", json!("1234"))
+                .file("/etc/passwd", "root:x:0:0::/root:/bin/sh\njob:x:7:7:Job Smith:/srv:/bin/sh\n", "0644")
+                .file("/etc/group", "root:x:0:\njob:x:7:ann\n", "0644"),
+        )
+        .stdout("job-1234\njob-1234\n/home/job-1234\n"),
+        row(
+            "each step of a user by number is the same user",
+            steps(json!([
+                {"name": "a", "command": ["sh", "-c", "id -un; touch ~/a"]},
+                {"name": "b", "command": ["sh", "-c", "id -un; rm ~/a; grep -c ^job: /etc/passwd"]},
+            ]))
+            .set("user", json!("1234")),
+        )
+        .stdout("job\njob\n1\n"),
         row("groups of a user", own("ann", "id -u; id -g; id -G")).stdout("12\n34\n34 29 50\n"),
         row("an unknown user", who("nobody-here"))
             .refused(Reason::SpecInvalid, &["user", "nobody-here", "/etc/passwd"]),

@@ -14,6 +14,7 @@ mod schema;
 mod tests;
 mod writer;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Sender};
@@ -96,6 +97,8 @@ struct Shared {
     open: AtomicBool,
     redeliveries: AtomicU64,
     unrun: Tally,
+    /// Queues that a consumer takes jobs of: they are there, also while they are empty.
+    consumed: Mutex<BTreeSet<String>>,
 }
 
 impl EmbeddedQueue {
@@ -114,6 +117,7 @@ impl EmbeddedQueue {
             open: AtomicBool::new(true),
             redeliveries: AtomicU64::new(0),
             unrun: Tally::default(),
+            consumed: Mutex::default(),
         });
         let (commands, inbox) = mpsc::channel();
         let writer = Writer::new(db, Arc::clone(&shared), commands.clone(), options.keep_finished)
@@ -232,7 +236,14 @@ impl Queue for EmbeddedQueue {
     }
 
     async fn depths(&self) -> Result<Vec<QueueDepth>, QueueError> {
-        self.readers.read(views::depths).await
+        let mut depths = self.readers.read(views::depths).await?;
+        let consumed = self.inner.shared.consumed.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for queue in consumed {
+            if let Err(place) = depths.binary_search_by(|depth| depth.queue.cmp(&queue)) {
+                depths.insert(place, QueueDepth { queue, queued: 0, running: 0 });
+            }
+        }
+        Ok(depths)
     }
 
     async fn publish(&self, event: Event) {
@@ -249,6 +260,9 @@ impl Queue for EmbeddedQueue {
         if !self.connected() {
             return Err(QueueError::Closed);
         }
+        let mut consumed = self.inner.shared.consumed.lock().unwrap_or_else(PoisonError::into_inner);
+        consumed.extend(config.queues.iter().cloned());
+        drop(consumed);
         Ok(Box::new(EmbeddedConsumer::new(Arc::clone(&self.inner), config)))
     }
 

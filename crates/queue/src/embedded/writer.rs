@@ -354,6 +354,11 @@ impl Writer {
         match command {
             Command::Submit { job, .. } => {
                 let seq = schema::submit(db, job, Timestamp::now())?;
+                if let (Some(seq), Some(0)) = (seq, job.expires_in_ms) {
+                    let settled = schema::expire(db, seq)?.into_iter().collect();
+                    let answer = Answer::Submitted(Submitted::New);
+                    return Ok(Effect { answer, settled, ..Effect::default() });
+                }
                 let expires = seq
                     .zip(job.expires_in_ms)
                     .and_then(|(seq, ms)| Some((seq, now.checked_add(Duration::from_millis(ms))?)));

@@ -11,13 +11,13 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use nix::fcntl::{AT_FDCWD, OFlag, openat};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::stat::{Mode, fchmod};
+use nix::sys::stat::{Mode, fchmod, fstat};
 
 use super::files::{
     self, Owner, change_owner, make_directory, make_parent, open_regular, read_into, write_all,
 };
 use super::receive::give;
-use super::user::{Key, find_group, find_user, groups_of};
+use super::user::{Key, find_group, find_user, groups_of, made_group, made_user};
 use super::{Failure, Line, Sandbox};
 use crate::channel::Handed;
 use crate::defence::{Defence, without};
@@ -132,15 +132,28 @@ fn read_database<'b>(root: BorrowedFd<'_>, path: &CStr, space: &'b mut [u8]) -> 
     space.get(..length).ok_or(Errno::EIO)
 }
 
-/// Adds a line to a database of the sandbox; the file is made where missing.
-fn append(root: BorrowedFd<'_>, path: &CStr, starts_line: bool, line: &Line) -> Result<()> {
+/// Enters a line into a database of the sandbox in place of the one that hutch made before, if there is one; the file is
+/// made where missing.
+fn enter(
+    root: BorrowedFd<'_>,
+    path: &CStr,
+    database: &[u8],
+    made: Option<core::ops::Range<usize>>,
+    line: &Line,
+) -> Result<()> {
     make_parent(root, path, ROOT)?;
-    let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_APPEND;
-    let file = open_regular(root, path, flags, 0o644)?;
-    if !starts_line {
-        write_all(&file, b"\n")?;
-    }
-    write_all(&file, line.as_bytes())
+    let Some(made) = made else {
+        let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_APPEND;
+        let file = open_regular(root, path, flags, 0o644)?;
+        if database.last().is_some_and(|byte| *byte != b'\n') {
+            write_all(&file, b"\n")?;
+        }
+        return write_all(&file, line.as_bytes());
+    };
+    let file = open_regular(root, path, libc::O_WRONLY | libc::O_TRUNC, 0)?;
+    write_all(&file, database.get(..made.start).unwrap_or_default())?;
+    write_all(&file, line.as_bytes())?;
+    write_all(&file, database.get(made.end..).unwrap_or_default())
 }
 
 fn text<const N: usize>(prefix: &[u8], value: &[u8]) -> Result<[u8; N]> {
@@ -157,7 +170,6 @@ fn identify(sandbox: &mut Sandbox<'_>, root: BorrowedFd<'_>) -> Result<Identity>
     let key = Key::of(sandbox.order.program.user);
     let wanted_group = sandbox.order.program.group.map(Key::of);
     let passwd = read_database(root, c"/etc/passwd", sandbox.database)?;
-    let ends = passwd.last().is_none_or(|byte| *byte == b'\n');
     let mut identity = match (find_user(passwd, key), key) {
         (Some(user), _) => Identity {
             uid: user.uid,
@@ -172,13 +184,11 @@ fn identify(sandbox: &mut Sandbox<'_>, root: BorrowedFd<'_>) -> Result<Identity>
                 Some(Key::Id(gid)) => gid,
                 _ => uid,
             };
-            let taken = find_user(passwd, Key::Name(b"job")).is_some();
-            new_user(root, uid, gid, taken, ends)?
+            new_user(root, passwd, uid, gid)?
         }
         (None, Key::Name(_)) => return Err(Errno::ENOENT),
     };
     let group = read_database(root, c"/etc/group", sandbox.database)?;
-    let ends = group.last().is_none_or(|byte| *byte == b'\n');
     match wanted_group {
         Some(Key::Id(gid)) => identity.gid = gid,
         Some(key @ Key::Name(_)) => identity.gid = find_group(group, key).ok_or(Errno::ESRCH)?,
@@ -195,10 +205,11 @@ fn identify(sandbox: &mut Sandbox<'_>, root: BorrowedFd<'_>) -> Result<Identity>
     if find_group(group, Key::Id(identity.gid)).is_none() {
         let mut line = Line::new();
         let gid = identity.gid;
-        let taken = find_group(group, Key::Name(b"job")).is_some();
+        let made = made_group(group);
+        let taken = made.is_none() && find_group(group, Key::Name(b"job")).is_some();
         let suffix = Suffix(taken.then_some(gid));
         writeln!(line, "job{suffix}:x:{gid}:").map_err(|_| Errno::ENAMETOOLONG)?;
-        append(root, c"/etc/group", ends, &line)?;
+        enter(root, c"/etc/group", group, made, &line)?;
     }
     Ok(identity)
 }
@@ -212,17 +223,25 @@ impl core::fmt::Display for Suffix {
     }
 }
 
-/// Enters a user into the sandbox's own passwd, and makes the home.
-fn new_user(root: BorrowedFd<'_>, uid: u32, gid: u32, name_taken: bool, ends: bool) -> Result<Identity> {
-    let suffix = Suffix(name_taken.then_some(uid));
+/// Enters a user into the sandbox's own passwd, and makes the home. The user is `job`, and takes the place of one that
+/// hutch made before, such as that of the host layer; another user of that name, a layer's own, keeps it.
+fn new_user(root: BorrowedFd<'_>, passwd: &[u8], uid: u32, gid: u32) -> Result<Identity> {
+    let made = made_user(passwd);
+    let (replaces, taken) = (made.is_some(), find_user(passwd, Key::Name(b"job")).is_some());
+    let suffix = Suffix((taken && !replaces).then_some(uid));
     let mut line = Line::new();
     writeln!(line, "job{suffix}:x:{uid}:{gid}:job:/home/job{suffix}:/bin/sh")
         .map_err(|_| Errno::ENAMETOOLONG)?;
-    append(root, c"/etc/passwd", ends, &line)?;
+    enter(root, c"/etc/passwd", passwd, made, &line)?;
     let mut home = Line::new();
     write!(home, "/home/job{suffix}").map_err(|_| Errno::ENAMETOOLONG)?;
     make_parent(root, home.as_cstr()?, ROOT)?;
-    make_directory(root, home.as_cstr()?, 0o755, Owner { uid, gid })?;
+    let owner = Owner { uid, gid };
+    let directory = make_directory(root, home.as_cstr()?, 0o755, owner)?;
+    // A volume there keeps its owner.
+    if replaces && fstat(&directory)?.st_dev == fstat(root)?.st_dev {
+        change_owner(directory.as_fd(), owner)?;
+    }
     let mut user = Line::new();
     write!(user, "job{suffix}").map_err(|_| Errno::ENAMETOOLONG)?;
     Ok(Identity {

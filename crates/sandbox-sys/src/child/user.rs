@@ -3,6 +3,8 @@
 //! These files come from layers that strangers made: a line that is not of the right form is passed
 //! over, and nothing is trusted beyond what it says.
 
+use core::ops::Range;
+
 /// A line of passwd(5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct User<'a> {
@@ -69,6 +71,33 @@ pub fn find_user<'a>(passwd: &'a [u8], key: Key<'_>) -> Option<User<'a>> {
     })
 }
 
+/// Where the line is of a user that hutch entered, if there is one: of the host layer, or of the job that made a layer.
+#[must_use]
+pub fn made_user(passwd: &[u8]) -> Option<Range<usize>> {
+    place_of(passwd, |line| {
+        matches!(fields(line), Some([b"job", b"x", _, _, b"job", b"/home/job", b"/bin/sh"]))
+    })
+}
+
+/// As [`made_user`], of a group.
+#[must_use]
+pub fn made_group(group: &[u8]) -> Option<Range<usize>> {
+    place_of(group, |line| matches!(fields(line), Some([b"job", b"x", _, b""])))
+}
+
+/// Where the first such line is, with its end; one that has no end is none that hutch wrote.
+fn place_of(file: &[u8], wanted: impl Fn(&[u8]) -> bool) -> Option<Range<usize>> {
+    let mut start = 0;
+    for line in file.split_inclusive(|byte| *byte == b'\n') {
+        let end = start + line.len();
+        if line.strip_suffix(b"\n").is_some_and(&wanted) {
+            return Some(start..end);
+        }
+        start = end;
+    }
+    None
+}
+
 /// The id of the first group with this name or number.
 #[must_use]
 pub fn find_group(group: &[u8], key: Key<'_>) -> Option<u32> {
@@ -116,6 +145,18 @@ mod tests {
         assert_eq!(find_user(PASSWD, Key::of("7")), None, "a user without a name is none");
         assert_eq!(find_user(PASSWD, Key::of("big")), None, "a uid that is too large is none");
         assert_eq!(find_user(b"", Key::Id(0)), None);
+    }
+
+    #[test]
+    fn what_hutch_entered_is_told_from_what_a_layer_says() {
+        let passwd = b"root:x:0:0::/root:/bin/sh\njob:x:1001:1001:job:/home/job:/bin/sh\nann:x:1:1::/:/x\n";
+        let place = made_user(passwd).expect("made");
+        assert_eq!(&passwd[place], b"job:x:1001:1001:job:/home/job:/bin/sh\n");
+        for other in ["job:x:5:5:Job Smith:/home/job:/bin/sh\n", "job:x:5:5:job:/srv:/bin/sh\n", "", "job"] {
+            assert_eq!(made_user(other.as_bytes()), None, "{other}");
+        }
+        assert_eq!(made_group(b"root:x:0:\njob:x:1001:\n"), Some(10..22));
+        assert_eq!(made_group(b"job:x:50:ann\n"), None);
     }
 
     #[test]

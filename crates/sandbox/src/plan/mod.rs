@@ -137,7 +137,7 @@ impl JobPlan {
                 .collect::<Result<_, Refusal>>()?,
             user: spec.user.user().to_owned(),
             group: spec.user.group().map(str::to_owned),
-            steps: steps(spec, config, abilities)?,
+            steps: steps(spec, &limits, config, abilities)?,
             disk_bytes: limits.disk_bytes,
             disk_inodes: limits.disk_inodes,
             scratch_on_disk: limits.disk_bytes > config.scratch_memory_bytes,
@@ -278,7 +278,12 @@ fn check_volume(source: &VolumeSource, path: &str, config: &EngineConfig) -> Res
 }
 
 /// The job's steps; a plain command is one step called `main`.
-fn steps(spec: &JobSpec, config: &EngineConfig, abilities: &Abilities) -> Result<Vec<StepPlan>, Refusal> {
+fn steps(
+    spec: &JobSpec,
+    job: &Limits,
+    config: &EngineConfig,
+    abilities: &Abilities,
+) -> Result<Vec<StepPlan>, Refusal> {
     if let Some(command) = &spec.command {
         let limits = step_limits(&config.limits, spec, None, "limits")?;
         return Ok(vec![program::plan(spec, None, command, limits, config.seccomp)?]);
@@ -293,9 +298,25 @@ fn steps(spec: &JobSpec, config: &EngineConfig, abilities: &Abilities) -> Result
         let path = format!("steps[{index}].limits");
         let limits = step_limits(&config.limits, spec, Some(&step.limits), &path)?;
         check_abilities(&limits, config, abilities, &path)?;
+        check_disk(&limits, job, &path)?;
         program::plan(spec, Some((index, step)), &step.command, limits, config.seccomp)
     };
     spec.steps.iter().enumerate().map(plan).collect()
+}
+
+/// Steps share the file system that they write to, so none has a limit of its own for it.
+fn check_disk(step: &Limits, job: &Limits, path: &str) -> Result<(), Refusal> {
+    for (name, asked, shared) in
+        [("disk_bytes", step.disk_bytes, job.disk_bytes), ("disk_inodes", step.disk_inodes, job.disk_inodes)]
+    {
+        if asked != shared {
+            let message = format!(
+                "all steps write to one file system: the job's own limits.{name}, {shared}, holds, not {asked}"
+            );
+            return Err(Refusal::spec(&format!("{path}.{name}"), message));
+        }
+    }
+    Ok(())
 }
 
 fn step_limits(

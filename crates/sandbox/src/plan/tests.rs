@@ -112,6 +112,14 @@ fn what_cannot_be_had_is_refused() {
             r#"{"layers": ["host"], "steps": [{"name": "x", "command": ["a"], "limits": {"open_files": 5000}}]}"#,
             &["steps[0].limits.open_files", "4096"],
         ),
+        (
+            r#"{"layers": ["host"], "limits": {"disk_bytes": 70000}, "steps": [{"name": "x", "command": ["a"], "limits": {"disk_bytes": 70001}}]}"#,
+            &["steps[0].limits.disk_bytes", "70000", "70001"],
+        ),
+        (
+            r#"{"layers": ["host"], "steps": [{"name": "x", "command": ["a"], "limits": {"disk_inodes": 50}}]}"#,
+            &["steps[0].limits.disk_inodes", "100000"],
+        ),
     ] {
         let message = plan(json).expect_err(json).message;
         for word in words {

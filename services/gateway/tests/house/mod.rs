@@ -116,6 +116,14 @@ impl House {
         Answer { status: head.status, headers: head.headers, body }
     }
 
+    /// Serves on a port of its own, until the test ends; where.
+    pub(crate) async fn serve(&self) -> std::net::SocketAddr {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("port");
+        let address = listener.local_addr().expect("address");
+        tokio::spawn(axum::serve(listener, self.router.clone()).into_future());
+        address
+    }
+
     /// Takes the next job, as a worker does.
     pub(crate) async fn take(&self) -> Lease {
         self.consumer.lock().await.take().await.expect("lease")
