@@ -169,7 +169,7 @@ pub(crate) async fn require(
 
 fn by_token(tokens: &Tokens, headers: &HeaderMap, scope: Scope) -> Option<Problem> {
     let Some(token) = tokens.of(headers) else {
-        return Some(Problem::unauthorized());
+        return Some(Problem::unauthorized(headers.contains_key(header::AUTHORIZATION)));
     };
     let allowed = token.scopes.contains(&scope) || token.scopes.contains(&Scope::Admin);
     (!allowed).then(|| {
@@ -231,7 +231,10 @@ mod tests {
         assert_eq!(problem.status.as_u16(), 403);
         assert!(problem.detail.contains("`ann` has read; this needs submit"), "{}", problem.detail);
         for headers in [HeaderMap::new(), bearer("bar"), bearer(""), bearer(HASH)] {
-            assert_eq!(by_token(&tokens, &headers, Scope::Read).expect("unknown").status.as_u16(), 401);
+            let problem = by_token(&tokens, &headers, Scope::Read).expect("unknown");
+            assert_eq!(problem.status.as_u16(), 401);
+            let given = headers.contains_key(header::AUTHORIZATION);
+            assert_eq!(problem.detail.contains("knows"), given, "{}", problem.detail);
         }
         let admin = Tokens::parse(&format!("admin {HASH} root")).expect("tokens");
         assert!(by_token(&admin, &bearer("foo"), Scope::Submit).is_none());

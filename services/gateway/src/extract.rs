@@ -93,19 +93,29 @@ pub(crate) fn pieces(body: Body) -> BoxStream<'static, Result<Bytes, io::Error>>
 
 /// The whole body, if it is not too large.
 pub(crate) async fn whole(body: Body, most: usize, instead: &str) -> Result<Vec<u8>, Problem> {
-    let announced = body.size_hint().lower();
-    let mut whole = Vec::new();
+    let fits = body.size_hint().lower() <= most as u64;
     let mut stream = pieces(body);
-    while announced <= most as u64 {
-        let Some(piece) = stream.next().await else { return Ok(whole) };
-        let piece = piece.map_err(|error| Problem::bad_request(format!("the body broke off: {error}")))?;
-        if whole.len() + piece.len() > most {
-            break;
-        }
-        whole.extend_from_slice(&piece);
+    if fits && let Some(whole) = up_to(&mut stream, most).await? {
+        return Ok(whole);
     }
     read_away(stream).await;
     Err(Problem::too_large(format!("a body may have {most} bytes here{instead}")))
+}
+
+/// What comes, or nothing if that is more.
+async fn up_to(
+    stream: &mut BoxStream<'static, Result<Bytes, io::Error>>,
+    most: usize,
+) -> Result<Option<Vec<u8>>, Problem> {
+    let mut whole = Vec::new();
+    while let Some(piece) = stream.next().await {
+        let piece = piece.map_err(|error| Problem::bad_request(format!("the body broke off: {error}")))?;
+        if whole.len() + piece.len() > most {
+            return Ok(None);
+        }
+        whole.extend_from_slice(&piece);
+    }
+    Ok(Some(whole))
 }
 
 /// How much of a body that is refused is still read, and for how long.

@@ -27,8 +27,12 @@ impl Problem {
         Self::new(StatusCode::BAD_REQUEST, "bad_request", "The request is not understood", detail)
     }
 
-    pub(crate) fn unauthorized() -> Self {
-        let detail = "a token is needed: `Authorization: Bearer TOKEN`";
+    /// `given`: something was, and is no token of ours.
+    pub(crate) fn unauthorized(given: bool) -> Self {
+        let detail = match given {
+            true => "`Authorization` names no token that this gateway knows: `Bearer TOKEN` is expected",
+            false => "a token is needed: `Authorization: Bearer TOKEN`",
+        };
         Self::new(StatusCode::UNAUTHORIZED, "unauthorized", "No token that is known", detail)
     }
 
