@@ -83,6 +83,7 @@ pub(crate) struct Order<'a> {
     #[serde(borrow)]
     pub(crate) hostname: &'a str,
     pub(crate) report: FdIndex,
+    pub(crate) network: Option<FdIndex>,
     pub(crate) ids: IdRange,
     #[serde(borrow)]
     pub(crate) program: ProgramRef<'a>,

@@ -73,6 +73,8 @@ pub struct Plan {
     pub hostname: String,
     /// Where records are written; a pipe.
     pub report: FdIndex,
+    /// A network namespace that init enters in place of its own: setns(2).
+    pub network: Option<FdIndex>,
     /// The ids of the host that the sandbox's user namespace maps, from 0.
     pub ids: IdRange,
     /// The program.

@@ -3,10 +3,13 @@
 //! [`fork_privileged`] splits off the process that keeps them, while there is one thread; it has no network. Then
 //! [`become_user`] has the calling process give up all of its own for good.
 
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::stat::Mode;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, setsid};
 
@@ -35,13 +38,13 @@ impl Privileged {
     }
 }
 
-/// Forks a process that keeps this one's privileges and does `run` with its end of a socket; what that returns is its exit
-/// code. It is in a network namespace of its own, with nothing in it; no other process can look into it; and of signals
+/// Forks a process that keeps this one's privileges and does `run` with its end of a socket and the network namespace that
+/// this process is in; what that returns is its exit code. It is in a network namespace of its own, with nothing in it; no other process can look into it; and of signals
 /// only SIGKILL ends it: it goes when its socket is closed. Call it while this process has one thread.
 ///
 /// # Errors
 /// EBUSY if there are other threads already; EPERM if this process may not make network namespaces.
-pub fn fork_privileged(run: impl FnOnce(PacketSocket) -> i32) -> Result<(PacketSocket, Privileged)> {
+pub fn fork_privileged(run: impl FnOnce(PacketSocket, OwnedFd) -> i32) -> Result<(PacketSocket, Privileged)> {
     if std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() > 1) {
         return Err(Errno::EBUSY);
     }
@@ -64,17 +67,16 @@ pub fn fork_privileged(run: impl FnOnce(PacketSocket) -> i32) -> Result<(PacketS
         ForkResult::Child => {
             drop(here);
             let begun = close_all_but(there.fd()).and_then(|()| begin());
-            let errno = begun.err().map_or(0, |e| e as i32);
+            let errno = begun.as_ref().err().map_or(0, |e| *e as i32);
             let told = there.send(&errno.to_le_bytes(), &[]);
-            if begun.is_err() || told.is_err() {
-                exit_now(1);
-            }
-            exit_now(catch_unwind(AssertUnwindSafe(|| run(there))).unwrap_or(101))
+            let (Ok(network), Ok(())) = (begun, told) else { exit_now(1) };
+            exit_now(catch_unwind(AssertUnwindSafe(|| run(there, network))).unwrap_or(101))
         }
     }
 }
 
-fn begin() -> Result<()> {
+/// Sets this process up; the network namespace that it was in.
+fn begin() -> Result<OwnedFd> {
     setsid()?;
     nix::sys::prctl::set_dumpable(false)?;
     nix::sys::prctl::set_name(c"hutch-engine")?;
@@ -83,10 +85,12 @@ fn begin() -> Result<()> {
         mask.add(signal);
     }
     sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), None)?;
-    if without(Defence::NetworkNamespace) {
-        return Ok(());
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    let network = nix::fcntl::open(c"/proc/self/ns/net", flags, Mode::empty())?;
+    if !without(Defence::NetworkNamespace) {
+        unshare(CloneFlags::CLONE_NEWNET)?;
     }
-    unshare(CloneFlags::CLONE_NEWNET)
+    Ok(network)
 }
 
 /// Has this process be this user and nobody else from now on: no other groups, no capabilities, no way to get any, and

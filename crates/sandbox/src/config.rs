@@ -6,6 +6,8 @@ use hutch_proto::{LimitPolicy, SeccompSpec};
 use hutch_sandbox_sys::NetworkNamespace;
 use hutch_trees::CappedTrees;
 
+use crate::egress::EgressConfig;
+
 /// How an [`Engine`](crate::Engine) treats every job.
 #[derive(Debug, Clone)]
 pub struct EngineConfig {
@@ -25,6 +27,8 @@ pub struct EngineConfig {
     pub limits: LimitPolicy,
     /// How the system calls of a job are treated that does not say so.
     pub seccomp: SeccompSpec,
+    /// Which jobs have a way out to the internet, and how far.
+    pub egress: EgressConfig,
     /// Up to this `disk_bytes` what a job writes lives in memory.
     pub scratch_memory_bytes: u64,
     /// Whether what is the same for every job is made before it is asked for: an init in its namespaces, and a cgroup, each
@@ -53,6 +57,7 @@ impl EngineConfig {
             trees: None,
             limits: LimitPolicy::default(),
             seccomp: SeccompSpec::default(),
+            egress: EgressConfig::default(),
             scratch_memory_bytes: 256 << 20,
             prepare_ahead: true,
             network_namespace: NetworkNamespace::Fresh,

@@ -20,6 +20,7 @@ use crate::cgroup::{Cgroups, GroupWatch, JobCgroup};
 use crate::collect::{self, Collected};
 use crate::config::EngineConfig;
 use crate::course::Course;
+use crate::egress::{Egress, WayOut};
 use crate::exec::{Entered, ExecError, ExecOrder, Inside};
 use crate::host::{self, IdRanges};
 use crate::hostlayer::HostLayer;
@@ -84,6 +85,8 @@ struct Inner {
     cgroups: Cgroups,
     config: EngineConfig,
     abilities: Abilities,
+    /// How jobs get a way out; if they cannot, why.
+    egress: Result<Egress, String>,
     host: Option<HostLayer>,
     ids: IdRanges,
     owner_maps: Vec<SlotMaps>,
@@ -159,6 +162,15 @@ impl Engine {
     /// # Errors
     /// If no job could be isolated here; the message names the remedy.
     pub fn new(launcher: Launcher, config: EngineConfig) -> Result<Self, EngineError> {
+        Self::beside_a_network(launcher, config, None)
+    }
+
+    /// The same, where the host's network namespace is not the one that this process is in.
+    pub(crate) fn beside_a_network(
+        launcher: Launcher,
+        config: EngineConfig,
+        network: Option<OwnedFd>,
+    ) -> Result<Self, EngineError> {
         let failed =
             |what: &str, e: &dyn std::error::Error| EngineError(format!("{what}: {}", with_source(e)));
         let launcher = launcher.0;
@@ -185,7 +197,9 @@ impl Engine {
                     e.desc()
                 ))
             })?;
+        let egress = Egress::find(config.egress.clone(), network, &config.data_dir);
         let abilities = Abilities {
+            egress: egress.as_ref().map(|_| ()).map_err(Clone::clone),
             processors: cgroups.processors().map(|list| crate::plan::processors(&list)),
             swap: cgroups.limits_swap(),
             hard_limits: host::hard_limits(),
@@ -196,6 +210,7 @@ impl Engine {
             cgroups,
             config,
             abilities,
+            egress,
             host,
             ids,
             owner_maps,
@@ -235,6 +250,14 @@ impl Engine {
         made.map_err(|e| Refusal::host(format!("cannot make the scratch file system: {e}")))?
     }
 
+    /// Makes a way out to the internet.
+    async fn way_out(&self) -> Result<WayOut, Refusal> {
+        let engine = self.clone();
+        let open = move || engine.0.egress.as_ref().map_err(Clone::clone).and_then(Egress::open);
+        let opened = tokio::task::spawn_blocking(open).await.unwrap_or_else(|e| Err(e.to_string()));
+        opened.map_err(|why| Refusal::host(format!("cannot give the job its way out: {why}")))
+    }
+
     /// Runs all steps that are to run, and hands the file system on.
     async fn run_plan(
         &self,
@@ -253,11 +276,15 @@ impl Engine {
             None => (self.prepare(plan, ids).await?, None),
         };
         course.remains.root = plan.root_alone();
+        if plan.egress {
+            course.remains.way_out = Some(self.way_out().await?);
+        }
         let told = AtomicBool::new(false);
         for (number, step) in plan.steps.iter().enumerate() {
             // Two overlays on one upper directory must not be mounted at one time.
             course.remains.mounts.clear();
-            let running = spawn(means, plan, number, &prepared, built.take())?;
+            let network = course.remains.way_out.as_ref().map(|way| way.namespace.as_fd());
+            let running = spawn(means, plan, number, &prepared, built.take(), network)?;
             let _live = self.register(order.slot, &running.cgroup, step.limits.memory_bytes);
             let _open = self.open(order.job.id, Inside::new(&running, plan, step, ids)?);
             if !told.swap(true, Ordering::Relaxed) {
@@ -398,6 +425,7 @@ impl Engine {
 #[derive(Debug)]
 pub struct Remains {
     mounts: Vec<OwnedFd>,
+    way_out: Option<WayOut>,
     prepared: Option<Prepared>,
     cgroups: Vec<JobCgroup>,
     /// The file system that the slot's next job may have too.
@@ -408,7 +436,15 @@ pub struct Remains {
 
 impl Remains {
     fn new(engine: Engine, slot: u32) -> Self {
-        Self { mounts: Vec::new(), prepared: None, cgroups: Vec::new(), root: None, engine, slot }
+        Self {
+            mounts: Vec::new(),
+            way_out: None,
+            prepared: None,
+            cgroups: Vec::new(),
+            root: None,
+            engine,
+            slot,
+        }
     }
 
     /// Adds a step's cgroup and mount namespace.
@@ -425,6 +461,7 @@ impl Drop for Remains {
             prepared.scratch.let_go();
         }
         self.mounts.clear();
+        self.way_out = None;
         self.prepared = None;
         self.cgroups.clear();
         let inner = &*self.engine.0;

@@ -11,6 +11,7 @@ mod cgroup;
 mod collect;
 mod config;
 mod course;
+mod egress;
 mod engine;
 mod exec;
 mod failure;
@@ -33,6 +34,7 @@ mod verdict;
 
 pub use collect::CommittedLayer;
 pub use config::EngineConfig;
+pub use egress::{EgressConfig, EgressRule, EgressRuleError};
 pub use engine::{Engine, EngineError, Launcher, Order};
 pub use exec::{ExecEnd, ExecError, ExecOrder};
 pub use hutch_sandbox_sys::defence::Defence;

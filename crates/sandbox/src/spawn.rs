@@ -68,6 +68,7 @@ pub(crate) fn spawn(
     number: usize,
     prepared: &Prepared,
     built: Option<Built>,
+    network: Option<BorrowedFd<'_>>,
 ) -> Result<Running, Refusal> {
     let step = job.steps.get(number).ok_or_else(|| Refusal::host("there is no such step"))?;
     let (first, last) = (number == 0, number + 1 == job.steps.len());
@@ -105,6 +106,7 @@ pub(crate) fn spawn(
     let listener = refusals_end.as_ref().map(|end| fds.add([end.as_fd()]));
     let stdout_index = fds.add([stdout_end.as_fd()]);
     let stderr_index = fds.add([stderr_end.as_fd()]);
+    let network = network.map(|namespace| fds.add([namespace]));
     let payload = prepared.payload.as_ref().filter(|_| first).map(|payload| fds.add([payload.as_fd()]));
     let unified;
     let program_cgroup = match entrance {
@@ -118,6 +120,7 @@ pub(crate) fn spawn(
     let plan = Plan {
         hostname: job.hostname.clone(),
         report: report_index,
+        network,
         ids: means.ids,
         program: Program {
             cgroup: program_cgroup,

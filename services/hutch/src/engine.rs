@@ -17,6 +17,7 @@ pub(crate) fn shared(settings: &Settings, trees: CappedTrees) -> anyhow::Result<
         layer_dirs: worker.layer_dirs.clone(),
         limits: settings.limits()?,
         seccomp: worker.seccomp,
+        egress: settings.egress()?,
         trees: Some(trees),
         prepare_ahead: worker.prepare_ahead,
         network_namespace: worker.network_namespace,

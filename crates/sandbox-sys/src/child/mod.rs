@@ -23,6 +23,7 @@ pub(crate) mod usher;
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 
+use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
@@ -216,6 +217,10 @@ fn start(sandbox: &mut Sandbox<'_>, stack: &mut Stack, ids: IdRange) -> core::re
         return Err(launch(Errno::EBADMSG));
     }
     nix::unistd::sethostname(sandbox.order.hostname).map_err(&launch)?;
+    if let Some(network) = sandbox.order.network {
+        let entered = sandbox.fd(network).and_then(|network| setns(network, CloneFlags::CLONE_NEWNET));
+        entered.map_err(Failure::at(Stage::Network))?;
+    }
     let program = start_program(sandbox, stack)?;
     retire(sandbox).map_err(Failure::at(Stage::Confine))?;
     Ok(program)

@@ -259,7 +259,8 @@ fn start(
             ProgramCgroup::Unified(dir, indices(&mut fds, &tasks))
         }
     };
-    let plan = Plan { hostname: String::new(), report: report_index, ids: inside.ids, program };
+    let plan =
+        Plan { hostname: String::new(), report: report_index, network: None, ids: inside.ids, program };
     let ushered = usher.start(&plan, &fds.0).map_err(|e| ExecError::Host(e.desc().to_owned()))?;
     Ok((ushered, report, Streams { stdout, stderr, stdin, terminal: None }))
 }

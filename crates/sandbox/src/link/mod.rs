@@ -15,6 +15,8 @@ mod remote_trees;
 mod wire;
 mod worker_side;
 
+use std::os::fd::OwnedFd;
+
 use hutch_sandbox_sys::PacketSocket;
 use hutch_sandbox_sys::separate::{Privileged, fork_privileged};
 
@@ -50,9 +52,9 @@ impl EngineProcess {
         begin: impl FnOnce(),
     ) -> Result<Self, EngineError> {
         let most = max_input_bytes.saturating_add(ROOM);
-        let live = |socket| {
+        let live = |socket, network| {
             begin();
-            live(socket, config, most)
+            live(socket, network, config, most)
         };
         let (socket, process) = fork_privileged(live)
             .map_err(|e| EngineError(format!("cannot fork the engine's process: {}", e.desc())))?;
@@ -86,11 +88,11 @@ impl EngineProcess {
 }
 
 /// The life of the engine's process; returns its exit code.
-fn live(socket: PacketSocket, config: EngineConfig, most: u64) -> i32 {
+fn live(socket: PacketSocket, network: OwnedFd, config: EngineConfig, most: u64) -> i32 {
     let begun = Launcher::fork().and_then(|launcher| {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
         let runtime = runtime.map_err(|e| EngineError(format!("cannot start the engine's runtime: {e}")))?;
-        Ok((Engine::new(launcher, config)?, runtime))
+        Ok((Engine::beside_a_network(launcher, config, Some(network))?, runtime))
     });
     let (engine, runtime) = match begun {
         Ok(begun) => begun,

@@ -18,10 +18,14 @@ use hutch_proto::{
 };
 
 use crate::config::EngineConfig;
+use crate::egress::Egress;
 use crate::refusal::Refusal;
 
 pub(crate) use mounts::{MountPlan, Slots, scratch_dirs, steps as mount_steps};
 pub(crate) use program::{StepPlan, candidates, rlimits, text};
+
+/// resolv.conf(5).
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// What this host can enforce, as far as plans depend on it.
 #[derive(Debug, Clone)]
@@ -34,6 +38,8 @@ pub(crate) struct Abilities {
     pub(crate) hard_limits: HardLimits,
     /// Whether scratch space can be on disk; if not, why.
     pub(crate) images: Result<(), String>,
+    /// Whether jobs can have a way out; if not, why.
+    pub(crate) egress: Result<(), String>,
 }
 
 /// Resource limits that this process cannot raise: getrlimit(2).
@@ -78,6 +84,8 @@ pub(crate) struct JobPlan {
     pub(crate) layers: Vec<LayerSource>,
     pub(crate) volumes: Vec<VolumePlan>,
     pub(crate) files: Vec<FilePlan>,
+    /// Whether it has a way out to the internet.
+    pub(crate) egress: bool,
     pub(crate) user: String,
     pub(crate) group: Option<String>,
     pub(crate) steps: Vec<StepPlan>,
@@ -98,7 +106,11 @@ impl JobPlan {
     /// # Errors
     /// The verdict on a job that cannot be run as it is written, or not on this worker.
     pub(crate) fn new(spec: &JobSpec, config: &EngineConfig, abilities: &Abilities) -> Result<Self, Refusal> {
-        refuse_what_is_not_there(spec)?;
+        let egress = spec.network == Network::Egress;
+        if let (true, Err(why)) = (egress, &abilities.egress) {
+            let message = format!("`egress` is not available on this worker, `none` is: {why}");
+            return Err(Refusal::spec("network", message));
+        }
         let limits = config.limits.resolve(&spec.limits, "limits")?;
         check_abilities(&limits, config, abilities, "limits")?;
         let layers = spec
@@ -134,7 +146,9 @@ impl JobPlan {
                         bytes: inline(&file.content, &format!("files[{index}]"))?,
                     })
                 })
+                .chain(resolver(spec).map(Ok))
                 .collect::<Result<_, Refusal>>()?,
+            egress,
             user: spec.user.user().to_owned(),
             group: spec.user.group().map(str::to_owned),
             steps: steps(spec, &limits, config, abilities)?,
@@ -164,6 +178,7 @@ impl JobPlan {
             layers: self.layers.clone(),
             volumes: Vec::new(),
             files: Vec::new(),
+            egress: false,
             user: String::new(),
             group: None,
             steps: Vec::new(),
@@ -185,11 +200,14 @@ fn inline(content: &Content, path: &str) -> Result<Vec<u8>, Refusal> {
     }
 }
 
-fn refuse_what_is_not_there(spec: &JobSpec) -> Result<(), Refusal> {
-    if spec.network == Network::Egress {
-        return Err(Refusal::spec("network", "`egress` is not available on this worker; `none` is"));
-    }
-    Ok(())
+/// Where a job with a way out asks for names, unless it brings a file of its own.
+fn resolver(spec: &JobSpec) -> Option<FilePlan> {
+    let brings = spec.files.iter().any(|file| file.path.to_string() == RESOLV_CONF);
+    (spec.network == Network::Egress && !brings).then(|| FilePlan {
+        path: RESOLV_CONF.to_owned(),
+        mode: 0o644,
+        bytes: Egress::resolver().into_bytes(),
+    })
 }
 
 fn check_abilities(

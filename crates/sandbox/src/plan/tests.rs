@@ -14,6 +14,7 @@ fn config() -> EngineConfig {
 
 fn abilities() -> Abilities {
     Abilities {
+        egress: Err("pasta is not installed".to_owned()),
         processors: Some([0, 1].into()),
         swap: true,
         hard_limits: HardLimits { open_files: 4096, stack_bytes: 1 << 30, core_bytes: 0 },

@@ -36,6 +36,7 @@ pub(super) fn check(settings: &Settings) -> anyhow::Result<()> {
     }
     check_metric_labels(&worker.metric_labels)?;
     check_addresses(settings)?;
+    settings.egress()?;
     settings.limits().map(drop)
 }
 

@@ -16,7 +16,7 @@ use anyhow::{Context, anyhow, bail};
 use config::{Config, File, FileFormat, Value};
 use hutch_proto::units::{ByteSize, Millis};
 use hutch_proto::{LimitPolicy, SeccompSpec};
-use hutch_sandbox::NetworkNamespace;
+use hutch_sandbox::{EgressConfig, EgressRule, NetworkNamespace};
 use serde::Deserialize;
 
 pub(crate) use show::show;
@@ -65,6 +65,7 @@ pub(crate) struct WorkerSettings {
     pub(crate) registry_logins: Option<PathBuf>,
     #[serde(default)]
     pub(crate) seccomp: SeccompSpec,
+    pub(crate) egress: EgressSettings,
     pub(crate) drain_grace: Millis,
     pub(crate) lease: Millis,
     pub(crate) store_patience: Millis,
@@ -72,6 +73,14 @@ pub(crate) struct WorkerSettings {
     pub(crate) max_limits: LimitTable,
     #[serde(default)]
     pub(crate) default_limits: LimitTable,
+}
+
+/// `[worker.egress]`.
+#[derive(Debug, Clone, Deserialize)]
+pub(crate) struct EgressSettings {
+    pub(crate) enabled: bool,
+    pub(crate) allow: Vec<String>,
+    pub(crate) deny: Vec<String>,
 }
 
 /// `[broker]`.
@@ -107,6 +116,16 @@ impl Settings {
     /// The limits of this worker.
     pub(crate) fn limits(&self) -> anyhow::Result<LimitPolicy> {
         limits::policy(&self.worker.default_limits, &self.worker.max_limits)
+    }
+
+    /// Which jobs have a way out, and how far.
+    pub(crate) fn egress(&self) -> anyhow::Result<EgressConfig> {
+        let EgressSettings { enabled, allow, deny } = &self.worker.egress;
+        let rules = |key: &str, list: &[String]| {
+            let parsed = list.iter().map(|rule| rule.parse::<EgressRule>());
+            parsed.collect::<Result<_, _>>().map_err(|error| anyhow!("worker.egress.{key}: {error}"))
+        };
+        Ok(EgressConfig { enabled: *enabled, allow: rules("allow", allow)?, deny: rules("deny", deny)? })
     }
 
     /// The store's directory, if it is one that is set.
