@@ -24,6 +24,9 @@ pub(crate) const FOR_TESTS: &[Package] = &[
     ("skopeo", "/usr/bin/skopeo"),
     ("docker-registry", "/usr/bin/docker-registry"),
     ("e2fsprogs", "/usr/sbin/mkfs.ext4"),
+    ("passt", "/usr/bin/pasta"),
+    ("nftables", "/usr/sbin/nft"),
+    ("iproute2", "/usr/sbin/ip"),
 ];
 
 /// What the virtual machine uses.

@@ -1,6 +1,6 @@
 //! What a job with `network: "egress"` may reach, as rules for nftables(8).
 //!
-//! In this order, the first that fits decides: loopback and the name server are reached; what the config denies is not;
+//! In this order, the first that fits decides: loopback, pasta itself and the name server are reached; what the config denies is not;
 //! what it allows is; this host's own addresses are not, nor anything that is not of the public internet (the registries
 //! of special-purpose addresses, RFC 6890; the address of Azure's metadata besides); all else is.
 
@@ -102,6 +102,8 @@ pub(super) fn ruleset(config: &EgressConfig, own: &[IpAddr]) -> String {
         let _ = writeln!(rules, "{text}");
     };
     rule("oif lo accept");
+    // pasta is asked where everything is: neighbour discovery, RFC 4861.
+    rule("icmpv6 type { nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert } accept");
     for protocol in ["udp", "tcp"] {
         rule(&format!("ip daddr {NAME_SERVER} {protocol} dport 53 accept"));
     }
