@@ -219,6 +219,7 @@ mod tests {
         Plan {
             hostname: "host".to_owned(),
             report: 7,
+            network: Some(9),
             ids: IdRange { base: 805_306_368, count: 65_536 },
             program: Program {
                 cgroup: ProgramCgroup::Unified(9, vec![1, 2]),
