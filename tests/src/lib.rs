@@ -42,3 +42,16 @@ pub fn has_idmapped_mounts(path: &std::path::Path) -> bool {
     let without = [FUSE_SUPER_MAGIC, NFS_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC];
     statfs(path).is_ok_and(|found| !without.contains(&found.filesystem_type()))
 }
+
+/// The version of the kernel, its first two numbers: uname(2).
+///
+/// # Panics
+/// If the kernel has no version.
+#[must_use]
+pub fn kernel() -> (u32, u32) {
+    let name = nix::sys::utsname::uname().expect("uname");
+    let release = name.release().to_string_lossy().into_owned();
+    let mut numbers =
+        release.split(|other: char| !other.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
