@@ -149,7 +149,8 @@ pub struct Captured {
     pub truncated: bool,
 }
 
-/// The wire form of [`Captured`]: `text`, or `base64` where the bytes are not UTF-8, or long and shorter so.
+/// The wire form of [`Captured`]: `text`, or `base64` where the bytes are not UTF-8, or long and control characters for
+/// the most part.
 #[derive(Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "Captured")]
@@ -157,7 +158,7 @@ struct RawCaptured {
     /// The bytes as UTF-8 text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     text: Option<String>,
-    /// The bytes in base64, where they are not UTF-8, or long and shorter so.
+    /// The bytes in base64, where they are not UTF-8, or long and control characters for the most part.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     base64: Option<String>,
     /// How many bytes were written in all.
@@ -175,7 +176,8 @@ impl Serialize for Captured {
 }
 
 impl Captured {
-    /// Bytes of text from which on base64 is sent in its place, where that is shorter.
+    /// Bytes of text from which on base64 is sent in its place where the text would take more than twice its bytes in
+    /// JSON: a line feed takes two, most control characters take six.
     pub const LARGE_TEXT: usize = 64 << 10;
 
     /// How many bytes the output takes in JSON, without the quotes around it.
@@ -202,9 +204,7 @@ impl Captured {
 
     /// What is sent as text; none where base64 is sent.
     fn wire_text(&self) -> Option<&str> {
-        self.text().filter(|text| {
-            text.len() <= Self::LARGE_TEXT || escaped_bytes(text) <= base64_bytes(self.data.len())
-        })
+        self.text().filter(|text| goes_as_text(text))
     }
 
     /// The text before a character that was cut in two by the cap, where that is all that is wrong.
@@ -216,11 +216,15 @@ impl Captured {
     }
 }
 
+fn goes_as_text(text: &str) -> bool {
+    text.len() <= Captured::LARGE_TEXT || escaped_bytes(text) <= 2 * text.len()
+}
+
 fn base64_bytes(bytes: usize) -> usize {
     bytes.div_ceil(3) * 4
 }
 
-/// Where a text is to be cut so that it takes at most `most` bytes in JSON, in the better form.
+/// Where a text is to be cut so that it takes at most `most` bytes in JSON, in the form in which it then goes.
 fn text_end(text: &str, most: usize) -> usize {
     let mut left = most;
     let mut fits = |byte: u8| left.checked_sub(escaped_byte(byte)).map(|less| left = less).is_some();
@@ -228,7 +232,7 @@ fn text_end(text: &str, most: usize) -> usize {
         |at: usize| (0..=at.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
     let as_text = boundary(text.bytes().position(|byte| !fits(byte)).unwrap_or(text.len()));
     let as_base64 = boundary(most / 4 * 3);
-    if as_base64 > Captured::LARGE_TEXT { as_text.max(as_base64) } else { as_text }
+    if goes_as_text(&text[..as_base64]) { as_text } else { as_text.max(as_base64) }
 }
 
 /// Bytes of a text in JSON: a control character may take six.

@@ -27,15 +27,18 @@ fn output_is_text_where_it_can_be() {
     assert_eq!(serde_json::to_string(&cut).expect("json"), r#"{"text":"a","bytes":9,"truncated":true}"#);
 }
 
-/// What costs more as escaped text than as base64 goes as base64, and is the same afterwards.
+/// What would take more than twice its bytes as text goes as base64, and is the same afterwards.
 #[test]
-fn large_text_takes_the_shorter_form() {
+fn large_text_goes_as_text_unless_it_is_mostly_control_characters() {
     let (small, large) = (Captured::LARGE_TEXT, Captured::LARGE_TEXT + 1);
     for (data, form) in [
         (vec![0; small], "text"),
         (vec![0; large], "base64"),
         (vec![b'a'; large], "text"),
-        (vec![b'\n'; large], "base64"),
+        (vec![b'\n'; large], "text"),
+        (b"y\n".repeat(large), "text"),
+        ([vec![0; large / 5], vec![b'a'; large]].concat(), "text"),
+        ([vec![0; large / 3], vec![b'a'; large]].concat(), "base64"),
         ("é".repeat(large).into_bytes(), "text"),
         (vec![0xff; small], "base64"),
     ] {
@@ -60,6 +63,9 @@ fn a_cut_keeps_what_fits() {
         ("é".repeat(1 << 19).into_bytes(), MOST),
         (mixed, MOST / 4 * 3),
         (late, MOST / 4 * 3),
+        (vec![b'\n'; 1 << 20], MOST / 2),
+        ([vec![b'a'; 700 << 10], vec![0; 700 << 10]].concat(), MOST),
+        ([vec![0; 512 << 10], vec![b'a'; 1 << 20]].concat(), MOST / 4 * 3),
     ] {
         let mut captured = Captured { bytes: data.len() as u64, data, truncated: false };
         captured.cut_to(MOST);

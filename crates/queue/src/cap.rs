@@ -13,9 +13,9 @@
 use hutch_proto::{Captured, JobResult, Outputs};
 
 /// For the job's own stdout and stderr together.
-const JOB_BYTES: usize = 11 << 20;
+const JOB_BYTES: usize = 10 << 20;
 /// For the stdout and stderr of all steps together.
-const STEPS_BYTES: usize = 3 << 20;
+const STEPS_BYTES: usize = 4 << 20;
 /// For all output and the list of files. What else a result has stays below the half MiB that is left.
 const ALL_BYTES: usize = (15 << 20) + (1 << 19);
 

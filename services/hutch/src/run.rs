@@ -13,6 +13,7 @@ use anyhow::{Context, bail};
 use hutch_layers::{BlobStore, LayerError, LayerRecord, Layers};
 use hutch_proto::{JobId, JobResult, JobSpec, Reason, Timestamp};
 use hutch_sandbox::{Engine, JobFacts, Launcher, Observer, Order, Report, Stream, Unobserved};
+use hutch_worker::InputError;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::RunArgs;
@@ -86,10 +87,16 @@ impl Run<'_> {
     async fn job(&self, engine: &Engine, mut job: JobSpec) -> anyhow::Result<JobResult> {
         let most = self.settings.worker.max_input_bytes.0;
         if names_blobs(&job) {
-            hutch_worker::resolve_inputs(&mut job, &self.blobs, most).await?;
+            match hutch_worker::resolve_inputs(&mut job, &self.blobs, most).await {
+                Err(InputError::Wrong(problem)) => {
+                    return Ok(without_run(&job, Reason::SpecInvalid, problem));
+                }
+                fetched => fetched?,
+            }
         }
-        if let Err(error) = self.layers.resolve(&mut job).await {
-            return unstacked(&job, error);
+        match self.layers.resolve(&mut job).await {
+            Err(error @ LayerError::Wrong { .. }) => return Ok(without_run(&job, Reason::ImageError, error)),
+            stacked => stacked?,
         }
         let facts = JobFacts {
             id: job.id,
@@ -149,18 +156,9 @@ impl Run<'_> {
     }
 }
 
-/// The answer to a job whose layers cannot be had.
-fn unstacked(job: &JobSpec, error: LayerError) -> anyhow::Result<JobResult> {
-    match error {
-        LayerError::Wrong { .. } => Ok(JobResult::without_run(
-            job.id,
-            job.labels.clone(),
-            Timestamp::now(),
-            Reason::ImageError,
-            error.to_string(),
-        )),
-        error @ LayerError::Store { .. } => Err(error.into()),
-    }
+/// The answer to a job that names what is not there.
+fn without_run(job: &JobSpec, reason: Reason, message: impl ToString) -> JobResult {
+    JobResult::without_run(job.id, job.labels.clone(), Timestamp::now(), reason, message.to_string())
 }
 
 fn names_blobs(job: &JobSpec) -> bool {

@@ -129,6 +129,28 @@ fn the_result_can_be_had_as_json() {
 }
 
 #[test]
+fn a_job_that_names_what_is_not_there_has_a_result_too() {
+    let Some(house) = House::with_sandboxes() else { return };
+    let nothing = format!("sha256:{}", "0".repeat(64));
+    for (field, reason, words) in [
+        (
+            format!(r#""layers": ["host"], "stdin": {{"blob": "{nothing}"}}"#),
+            "spec_invalid",
+            "stdin: blob sha256:00",
+        ),
+        (format!(r#""layers": ["{nothing}"]"#), "image_error", "layers[0]: "),
+    ] {
+        let spec = house.file("job.json", &format!(r#"{{{field}, "command": ["true"]}}"#));
+        let done = house.hutch(&["run", "--json", &spec]);
+        assert_eq!(done.code, 0, "{done:?}");
+        let result = done.json();
+        assert_eq!((&result["status"], &result["reason"]), (&"rejected".into(), &reason.into()));
+        assert!(result["message"].as_str().is_some_and(|message| message.starts_with(words)), "{result}");
+        assert_eq!(house.hutch(&["run", &spec]).code, 125);
+    }
+}
+
+#[test]
 fn data_may_be_kept_at_a_relative_path() {
     let Some(house) = House::with_sandboxes() else { return };
     let spec = house.file(

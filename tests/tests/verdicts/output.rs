@@ -79,6 +79,13 @@ fn bytes() -> Vec<Row> {
                     &json!({"base64": "Yf/+Yg==", "bytes": 4, "truncated": false}),
                 )
             }),
+        row("many short lines are text, as far as they are kept", sh("yes | head -c 2000000")).check(
+            |result| {
+                let json = serde_json::to_value(&result.stdout).map_err(|e| e.to_string())?;
+                let text = json["text"].as_str().map(str::len);
+                same("stdout on the wire", &(text, &json["truncated"]), &(Some(1 << 20), &json!(true)))
+            },
+        ),
         row("a NUL byte is text", sh(r"printf 'a\000b'"))
             .check(|result| same("stdout", &result.stdout.data.as_slice(), &&b"a\0b"[..])),
         row("colours and bells are kept as they are", sh(r"printf '\033[31mred\007\r\n'"))
