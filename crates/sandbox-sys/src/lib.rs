@@ -9,6 +9,7 @@
 //! Between clone and exec nothing allocates, locks, logs or panics: all that the child needs was
 //! made before, and a failure goes back as stage, errno and index.
 
+pub mod attempt;
 pub mod bpf;
 mod channel;
 mod child;

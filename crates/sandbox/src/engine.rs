@@ -7,9 +7,9 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use hutch_proto::{JobId, JobSpec};
+use hutch_proto::{JobId, JobSpec, LimitPolicy};
 use hutch_sandbox_sys::defence::{Defence, without};
 use hutch_sandbox_sys::{CgroupHome, IdRange, Launcher as RawLauncher, RootIs};
 use hutch_trees::CappedTrees;
@@ -24,8 +24,8 @@ use crate::egress::{Egress, WayOut};
 use crate::exec::{Entered, ExecError, ExecOrder, Inside};
 use crate::host::{self, IdRanges};
 use crate::hostlayer::HostLayer;
-use crate::observe::{Observer, SlotGauges};
-use crate::plan::{Abilities, JobPlan};
+use crate::observe::{Observer, SlotGauges, Unobserved};
+use crate::plan::{Abilities, JobPlan, VolumePlan};
 use crate::prepare::{OwnerMaps, Prepared, volumes_dir};
 use crate::refusal::Refusal;
 use crate::report::Report;
@@ -87,7 +87,8 @@ struct Inner {
     abilities: Abilities,
     /// How jobs get a way out; if they cannot, why.
     egress: Result<Egress, String>,
-    host: Option<HostLayer>,
+    /// Made when the first job may need it.
+    host: OnceLock<HostLayer>,
     ids: IdRanges,
     owner_maps: Vec<SlotMaps>,
     waiting: Waiting,
@@ -179,13 +180,10 @@ impl Engine {
         tell_launcher(&launcher, &cgroups)?;
         make_private(&config.data_dir).map_err(|e| failed("cannot make the data directory", &e))?;
         make_private(&volumes_dir(&config)).map_err(|e| failed("cannot make the volumes directory", &e))?;
-        let host = if config.allow_host_layer {
-            let dir = config.data_dir.join("host");
-            make_private(&dir).map_err(|e| failed("cannot make the host layer", &e))?;
-            Some(HostLayer::make(&dir).map_err(|e| failed("cannot make the host layer", &e))?)
-        } else {
-            None
-        };
+        let host = OnceLock::new();
+        if config.allow_host_layer {
+            let _ = host.set(host_layer(&config)?);
+        }
         let ids = IdRanges::take(config.slots).map_err(|e| failed("cannot take ids for the slots", &e))?;
         let owner_maps = (0..config.slots)
             .filter_map(|slot| ids.of(slot))
@@ -223,8 +221,40 @@ impl Engine {
 
     /// Runs one job to its verdict. Whatever goes wrong is in the report.
     pub async fn run(&self, order: Order, observer: &dyn Observer) -> Report {
-        let mut course = Course::begin(Remains::new(self.clone(), order.slot));
-        let plan = match JobPlan::new(&order.job, &self.0.config, &self.0.abilities) {
+        let course = Course::begin(Remains::new(self.clone(), order.slot));
+        let plan = JobPlan::new(&order.job, &self.0.config, &self.0.abilities);
+        self.run_course(course, plan, order, observer).await
+    }
+
+    /// Runs a job of the engine's own in slot 0: it may stack the host's programs and sees a directory of the host, whatever
+    /// the config allows to others.
+    pub(crate) async fn run_own(&self, job: JobSpec, shown: VolumePlan) -> Report {
+        let course = Course::begin(Remains::new(self.clone(), 0));
+        if self.0.host.get().is_none() {
+            match host_layer(&self.0.config) {
+                // Another was quicker at most, with the same.
+                Ok(host) => drop(self.0.host.set(host)),
+                Err(error) => return course.refused(Refusal::host(error.to_string())),
+            }
+        }
+        let own =
+            EngineConfig { allow_host_layer: true, limits: LimitPolicy::default(), ..self.0.config.clone() };
+        let plan = JobPlan::new(&job, &own, &self.0.abilities).map(|mut plan| {
+            plan.volumes.push(shown);
+            plan
+        });
+        let order = Order { job, slot: 0, cancel: CancellationToken::new(), strokes: None };
+        self.run_course(course, plan, order, &Unobserved).await
+    }
+
+    async fn run_course(
+        &self,
+        mut course: Course,
+        plan: Result<JobPlan, Refusal>,
+        order: Order,
+        observer: &dyn Observer,
+    ) -> Report {
+        let plan = match plan {
             Ok(plan) => plan,
             Err(refusal) => return course.refused(refusal),
         };
@@ -240,7 +270,7 @@ impl Engine {
     /// Makes the job's file system; one on disk takes its time.
     async fn prepare(&self, plan: &JobPlan, ids: IdRange) -> Result<Prepared, Refusal> {
         let make = move |engine: &Self, plan: &JobPlan| {
-            Prepared::new(plan, &engine.0.config, engine.0.host.as_ref(), ids)
+            Prepared::new(plan, &engine.0.config, engine.0.host.get(), ids)
         };
         if !plan.scratch_on_disk {
             return make(self, plan);
@@ -400,6 +430,11 @@ impl Engine {
         self.0.config.trees.as_ref()
     }
 
+    /// Where it keeps what is its own.
+    pub(crate) fn data_dir(&self) -> &std::path::Path {
+        &self.0.config.data_dir
+    }
+
     /// How many slots it has.
     pub(crate) fn slots(&self) -> u32 {
         self.0.config.slots
@@ -497,6 +532,13 @@ impl Drop for Open<'_> {
     fn drop(&mut self) {
         self.engine.insides().remove(&self.id);
     }
+}
+
+fn host_layer(config: &EngineConfig) -> Result<HostLayer, EngineError> {
+    let dir = config.data_dir.join("host");
+    make_private(&dir)
+        .and_then(|()| HostLayer::make(&dir))
+        .map_err(|e| EngineError(format!("cannot make the host layer: {}", with_source(&e))))
 }
 
 fn make_private(dir: &std::path::Path) -> std::io::Result<()> {

@@ -22,6 +22,7 @@ mod link;
 mod observe;
 mod plan;
 mod prepare;
+mod proof;
 mod refusal;
 mod refusals;
 mod report;
@@ -42,5 +43,6 @@ pub use hutch_sandbox_sys::{NetworkNamespace, WindowSize, terminal::size as term
 pub use hutch_sandbox_sys::{heap, separate};
 pub use link::{EngineHandle, EngineProcess, TakeDown};
 pub use observe::{Observer, SlotGauges, Stream, Unobserved};
+pub use proof::{Proof, Trial, probe};
 pub use report::{Durations, JobFacts, Remains, Report};
 pub use terminal::{Stroke, Strokes};

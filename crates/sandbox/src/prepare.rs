@@ -289,6 +289,10 @@ fn open_volume(volume: &VolumePlan, index: usize, config: &EngineConfig) -> Resu
         Refusal::new(Reason::VolumeError, format!("volumes[{index}]: cannot open {what}: {}", e.desc()))
     };
     match &volume.source {
+        VolumeSource::HostPath(path) if volume.ours => {
+            let dir = open_path(Path::new(path)).map_err(|e| failed(path, e))?;
+            Ok(Shown { dir, read_only: volume.read_only, owners: Owners::All })
+        }
         VolumeSource::HostPath(path) => {
             let resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS;
             let dir = open_allowed(Path::new(path), &config.allowed_host_paths, resolve)

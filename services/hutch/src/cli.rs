@@ -58,6 +58,12 @@ pub(crate) enum Command {
     Volume(VolumeCommand),
     /// Say what this host can do; exits 1 if a job could not be isolated.
     Doctor(DoctorArgs),
+    /// Attack the sandbox that this is started in, for `doctor` and workers.
+    #[command(hide = true)]
+    Probe {
+        /// What to try.
+        words: Vec<String>,
+    },
     /// Check a job's spec, or print its JSON Schema.
     #[command(subcommand)]
     Spec(SpecCommand),
@@ -164,7 +170,8 @@ Examples:
   hutch run job.json
 
 Exits as the program did: its exit code; 128+n if signal n ended it; 124 if a limit of time was hit;
-126 or 127 if the command cannot be run or is not there; 125 if the job could not be run.";
+159 if a refused system call did (`--refused kill`); 126 or 127 if the command cannot be run or is not there;
+125 if the job could not be run.";
 
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {

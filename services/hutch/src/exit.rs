@@ -18,6 +18,9 @@ const NOT_EXECUTABLE: u8 = 126;
 const CANNOT_BE_RUN: &str = "cannot be run";
 /// The command is not there.
 const NOT_FOUND: u8 = 127;
+/// A refused system call ended the job: 128 + SIGSYS, as where the kernel itself kills for it. The processes die of
+/// SIGKILL.
+const REFUSED_CALL: u8 = 159;
 /// Somebody pressed Ctrl-C: 128 + SIGINT.
 const INTERRUPTED: u8 = 130;
 
@@ -37,6 +40,7 @@ fn code_of(result: &JobResult) -> u8 {
         (Status::Rejected | Status::InfraError, _) => NOT_RUN,
         (Status::Cancelled, _) => INTERRUPTED,
         (_, Some(Reason::CpuTime | Reason::WallTime | Reason::IdleTime)) => TIMED_OUT,
+        (_, Some(Reason::Syscall)) => REFUSED_CALL,
         (_, Some(Reason::CommandNotFound)) if result.message.contains(CANNOT_BE_RUN) => NOT_EXECUTABLE,
         (_, Some(Reason::CommandNotFound)) => NOT_FOUND,
         _ => ended(result),
@@ -96,7 +100,7 @@ mod tests {
             (Reason::Memory, Some(0), None, 1),
             (Reason::Disk, Some(28), None, 28),
             (Reason::FileSize, None, Some("SIGXFSZ"), 153),
-            (Reason::Syscall, None, Some("SIGSYS"), 159),
+            (Reason::Syscall, None, Some("SIGKILL"), 159),
             (Reason::CommandNotFound, None, None, 127),
             (Reason::SpecInvalid, None, None, 125),
             (Reason::HostError, None, None, 125),

@@ -45,6 +45,9 @@ use settings::Flags;
 pub fn main() -> ExitCode {
     hutch_sandbox::heap::give_back_what_is_large();
     let cli = Cli::parse();
+    if let Command::Probe { words } = &cli.command {
+        return hutch_sandbox::probe(words);
+    }
     let on_error = exit::on_error(&cli.command);
     let config = cli.config.clone();
     let begun = Begun::of(&cli.command, config.as_deref());
@@ -112,6 +115,7 @@ async fn perform(command: Command, config: Option<&Path>) -> anyhow::Result<Exit
         | Command::Worker(_)
         | Command::Gateway(_)
         | Command::Layer(_)
+        | Command::Probe { .. }
         | Command::Doctor(_) => anyhow::bail!("this command was not made ready"),
         Command::Submit(args) => remote::submit(args).await,
         Command::Status(args) => remote::status(args).await,

@@ -128,6 +128,7 @@ pub(crate) fn build_worker(
         slots: own.slots,
         drain_grace: Duration::from_millis(own.drain_grace.0),
         lease: Duration::from_millis(own.lease.0),
+        prove: own.prove,
         metric_labels: own.metric_labels.clone(),
         max_input_bytes: own.max_input_bytes.0,
         store_patience: Duration::from_millis(own.store_patience.0),

@@ -22,6 +22,8 @@ pub struct WorkerConfig {
     pub max_input_bytes: u64,
     /// How long a blob store that cannot be reached is waited for, job in hand.
     pub store_patience: Duration,
+    /// Whether jobs are taken only once attacks on a sandbox of its own were held.
+    pub prove: bool,
     /// The directory whose file system must have room before a job is taken.
     pub data_dir: PathBuf,
 }
@@ -39,6 +41,7 @@ impl WorkerConfig {
             metric_labels: Vec::new(),
             max_input_bytes: 256 << 20,
             store_patience: Duration::from_secs(600),
+            prove: true,
             data_dir,
         }
     }

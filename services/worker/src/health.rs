@@ -32,6 +32,8 @@ pub(crate) struct Health {
     data_dir: PathBuf,
     failures: Mutex<Failures>,
     broken: OnceLock<String>,
+    /// Why no job may be run yet.
+    unproven: Mutex<Option<String>>,
 }
 
 /// What failed since a job last ran to a verdict.
@@ -73,7 +75,7 @@ impl Failures {
 
 impl Health {
     pub(crate) fn new(data_dir: PathBuf) -> Self {
-        Self { data_dir, failures: Mutex::default(), broken: OnceLock::new() }
+        Self { data_dir, failures: Mutex::default(), broken: OnceLock::new(), unproven: Mutex::default() }
     }
 
     /// Why no job should be taken now; none if one may.
@@ -83,7 +85,13 @@ impl Health {
 
     /// Why this worker is not ready; none if it is.
     pub(crate) fn not_ready(&self) -> Option<String> {
-        self.failures().not_ready(Instant::now()).or_else(|| self.unfit())
+        let unproven = self.unproven.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        unproven.or_else(|| self.failures().not_ready(Instant::now())).or_else(|| self.unfit())
+    }
+
+    /// Whether jobs are isolated here is not known, or they are not, for this reason; none if they are.
+    pub(crate) fn unproven(&self, why: Option<String>) {
+        *self.unproven.lock().unwrap_or_else(PoisonError::into_inner) = why;
     }
 
     /// Nothing can be run here any more, whatever is waited for.

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use hutch_layers::{BlobStore, Layers};
 use hutch_queue::{Queue, QueueError};
@@ -16,6 +17,9 @@ use crate::live::{Live, Shared};
 use crate::metrics::Metrics;
 use crate::slot::Slot;
 use crate::{Drain, WorkerConfig};
+
+/// How long after attacks that were not held they are tried again.
+const PROVE_AGAIN: Duration = Duration::from_secs(30);
 
 /// Why there can be no worker, or why it ended before it was told to.
 #[derive(Debug, thiserror::Error)]
@@ -68,8 +72,10 @@ impl Worker {
         let metrics = Metrics::new(&registry, config.slots, &config.metric_labels, unrun)?;
         let live = Arc::new(Live::new(engine.clone(), Arc::clone(&queue), layers.clone())?);
         registry.register(Box::new(Shared(Arc::clone(&live))))?;
+        let health = Health::new(config.data_dir.clone());
+        health.unproven(config.prove.then(|| "whether jobs are isolated here is being tried".to_owned()));
         Ok(Self {
-            health: Arc::new(Health::new(config.data_dir.clone())),
+            health: Arc::new(health),
             means: Means { engine, queue, blobs, layers, config: Arc::new(config) },
             metrics: Arc::new(metrics),
             live,
@@ -110,6 +116,9 @@ impl Worker {
     /// # Errors
     /// [`WorkerError::Queue`] if the queue cannot work as it is set up; what can be mended is waited for.
     pub async fn run(&self) -> Result<(), WorkerError> {
+        if self.means.config.prove && !self.proven().await? {
+            return Ok(());
+        }
         let mut slots = JoinSet::new();
         for number in 0..self.means.config.slots {
             let slot = Slot {
@@ -145,10 +154,36 @@ impl Worker {
             None => end,
         }
     }
+
+    /// Waits until attacks on a sandbox are held here; false if the worker is to end before that.
+    async fn proven(&self) -> Result<bool, WorkerError> {
+        let engine = &self.means.engine;
+        loop {
+            let begun = Instant::now();
+            let shortfall = tokio::select! {
+                () = self.drain.stop.cancelled() => return Ok(false),
+                proof = engine.prove() => proof.shortfall(),
+            };
+            let Some(why) = shortfall else {
+                tracing::info!(took_ms = begun.elapsed().as_millis(), "attacks on a sandbox were held");
+                self.health.unproven(None);
+                return Ok(true);
+            };
+            if !engine.is_alive() {
+                return Err(WorkerError::Broken(format!("no sandbox can be made here: {why}")));
+            }
+            tracing::error!(%why, "no job is taken: jobs would not be isolated here; see `hutch doctor`");
+            self.health.unproven(Some(format!("jobs would not be isolated here: {why}")));
+            tokio::select! {
+                () = self.drain.stop.cancelled() => return Ok(false),
+                () = tokio::time::sleep(PROVE_AGAIN) => {}
+            }
+        }
+    }
 }
 
 /// Hurries once the grace of a stopped worker is over.
-async fn end_grace(drain: Drain, grace: std::time::Duration) {
+async fn end_grace(drain: Drain, grace: Duration) {
     drain.stop.cancelled().await;
     tokio::time::sleep(grace).await;
     drain.hurry.cancel();

@@ -14,6 +14,7 @@ fn it_exits_as_its_program_did() {
         (&["--time", "300ms", "--", "sleep", "60"], 124, "wall_time"),
         (&["--cpu-time", "200ms", "--", "sh", "-c", "while :; do :; done"], 124, "cpu_time"),
         (&["--memory", "32MiB", "--", "tail", "/dev/zero"], 137, "memory"),
+        (&["--refused", "kill", "--", "unshare", "--user", "true"], 159, "syscall"),
         (&["--", "no-such-program"], 127, "not found"),
         (&["--file", &file, "--", "/box/plain"], 126, "cannot be run"),
         (&["--layer", "dir:/no/such/dir", "--", "true"], 125, "/no/such/dir"),

@@ -57,7 +57,8 @@ impl Site {
         command.env("HUTCH__WORKER__LAYER_DIRS", "/").env("HUTCH__WORKER__ALLOWED_HOST_PATHS", &allowed);
         command.envs(more.iter().map(|(name, value)| (*name, value)));
         if let Kind::Weak(_, without) = &kind {
-            command.env("HUTCH_WITHOUT", without);
+            // It would see that it is weak, and take no jobs.
+            command.env("HUTCH_WITHOUT", without).env("HUTCH__WORKER__PROVE", "false");
         }
         let site = Self { served: Served::start(command), directory: house.path(""), kind };
         // Without some defences no job of the host's programs runs at all.

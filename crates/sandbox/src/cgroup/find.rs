@@ -46,6 +46,22 @@ pub(crate) enum FindError {
         /// What to do about it.
         remedy: &'static str,
     },
+    /// On v2, a controller is given to a group above and not to the worker's own.
+    #[error(
+        "this host cannot limit {what}: the {controller} controller is not delegated from {} to {}; as root write \
+         `+{controller}` to cgroup.subtree_control of that group and of those between, or have systemd do it \
+         (Delegate=yes)", above.display(), own.display()
+    )]
+    Undelegated {
+        /// What cannot be limited.
+        what: &'static str,
+        /// By which controller.
+        controller: &'static str,
+        /// The nearest group above that has it.
+        above: PathBuf,
+        /// The worker's own group.
+        own: PathBuf,
+    },
     /// A home could not be made.
     #[error("cannot make a cgroup at {}; run as root, or delegate a cgroup (systemd: Delegate=yes)", path.display())]
     Home {
@@ -75,7 +91,11 @@ impl Cgroups {
         let home_name = format!("{HOME_PREFIX}{}", own_identity());
         let mut cgroups = Self { hierarchies: Vec::new(), home_name, spare: Mutex::new(Vec::new()) };
         let mut taken: Vec<Controller> = Vec::new();
+        let mut unified = None;
         for (version, parent, controllers) in places {
+            if version == Version::V2 {
+                unified = Some(parent.clone());
+            }
             let controllers: Vec<_> = match version {
                 Version::V1 => controllers,
                 Version::V2 => unified_controllers(&parent),
@@ -89,8 +109,13 @@ impl Cgroups {
             taken.extend(&controllers);
             cgroups.make_home(version, parent, controllers)?;
         }
-        for (controller, what, remedy) in REQUIRED {
+        for (controller, name, what, remedy) in REQUIRED {
             if !taken.contains(controller) && !without(Defence::HeldLimits) {
+                if let Some((own, above)) =
+                    unified.and_then(|own| Some((own.clone(), delegates_not(&own, *controller)?)))
+                {
+                    return Err(FindError::Undelegated { what, controller: name, above, own });
+                }
                 return Err(FindError::Missing { what, remedy });
             }
         }
@@ -189,11 +214,26 @@ impl Drop for Cgroups {
     }
 }
 
-const REQUIRED: &[(Controller, &str, &str)] = &[
-    (Controller::Memory, "memory", "enable the memory controller (kernel parameter cgroup_enable=memory)"),
-    (Controller::Pids, "processes", "enable the pids controller (CONFIG_CGROUP_PIDS)"),
-    (Controller::Cpu, "processor time", "enable the cpu controller (CONFIG_CFS_BANDWIDTH)"),
+/// The controller and its name, what it limits, and what to do where the kernel has it not.
+const REQUIRED: &[(Controller, &str, &str, &str)] = &[
+    (
+        Controller::Memory,
+        "memory",
+        "memory",
+        "enable the memory controller (kernel parameter cgroup_enable=memory)",
+    ),
+    (Controller::Pids, "pids", "processes", "enable the pids controller (CONFIG_CGROUP_PIDS)"),
+    (Controller::Cpu, "cpu", "processor time", "enable the cpu controller (CONFIG_CFS_BANDWIDTH)"),
 ];
+
+/// The nearest group above this one of v2 that has a controller which this one has not; none if none has.
+fn delegates_not(own: &Path, controller: Controller) -> Option<PathBuf> {
+    own.ancestors()
+        .skip(1)
+        .take_while(|above| above.join("cgroup.controllers").exists())
+        .find(|above| unified_controllers(above).contains(&controller))
+        .map(Path::to_owned)
+}
 
 fn controller_of(name: &str) -> Option<Controller> {
     Some(match name {
@@ -357,6 +397,26 @@ mod tests {
         );
         let again = places(mountinfo, "0::/u/hutch-worker\n");
         assert_eq!(again, [(Version::V2, "/sys/fs/cgroup/unified/u".into(), vec![])]);
+    }
+
+    #[test]
+    fn a_controller_that_is_not_delegated_is_found_above() {
+        let root = tempfile::tempdir().expect("dir");
+        let (slice, own) = (root.path().join("user.slice"), root.path().join("user.slice/session"));
+        fs::create_dir_all(&own).expect("make");
+        for (dir, controllers) in [(root.path(), "cpu memory pids"), (&slice, "memory pids"), (&own, "")] {
+            fs::write(dir.join("cgroup.controllers"), controllers).expect("write");
+        }
+        assert_eq!(delegates_not(&own, Controller::Memory).as_deref(), Some(&*slice));
+        assert_eq!(delegates_not(&own, Controller::Cpu).as_deref(), Some(root.path()));
+        assert_eq!(delegates_not(&own, Controller::Cpuset), None);
+        let error = FindError::Undelegated { what: "memory", controller: "memory", above: slice, own };
+        let said = error.to_string();
+        assert!(
+            said.contains("`+memory`")
+                && said.contains("Delegate=yes")
+                && said.contains("user.slice/session")
+        );
     }
 
     #[test]

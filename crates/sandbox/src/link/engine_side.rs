@@ -19,6 +19,7 @@ use super::message::{ASK_FDS, Ask, Tell, is_stderr, job_of, report_parts};
 use super::wire::{self, LinkError, MAX_PACKET, Message};
 use crate::engine::{Engine, Order};
 use crate::observe::{Observer, Stream};
+use crate::proof::Proof;
 use crate::refusal::Refusal;
 use crate::report::{Remains, Report};
 
@@ -46,7 +47,7 @@ impl Slot {
 enum Outgoing {
     /// It may be lost; this is what it weighs.
     Event(Message<Tell>, usize),
-    /// A slot's report: the slot is free from then on.
+    /// A slot's report, or the proof that was made in it: the slot is free from then on.
     Report(Message<Tell>, Arc<Slot>),
     /// An answer of which only so many are under way.
     Answer(Message<Tell>, Arc<AtomicUsize>),
@@ -182,6 +183,7 @@ impl EngineSide<'_> {
                     cancel.cancel();
                 }
             }
+            Ask::Prove { ticket } => return self.prove(ticket),
             Ask::TakeDown { slot } => {
                 let slot = Arc::clone(self.slot(slot)?);
                 self.runtime.spawn(async move {
@@ -201,6 +203,31 @@ impl EngineSide<'_> {
 
     fn slot(&self, slot: u32) -> Result<&Arc<Slot>, LinkError> {
         self.slots.get(slot as usize).ok_or(LinkError::Wrong("there is no such slot"))
+    }
+
+    fn prove(&self, ticket: u64) -> Result<(), LinkError> {
+        let slot = Arc::clone(self.slot(0)?);
+        if slot.running().replace((ticket, CancellationToken::new())).is_some() {
+            return Err(LinkError::Wrong("the slot has a job already"));
+        }
+        let (engine, sender) = (self.engine.clone(), self.outbox.sender.clone());
+        self.runtime.spawn(async move {
+            let proving = tokio::spawn({
+                let slot = Arc::clone(&slot);
+                async move {
+                    let mut remains = slot.remains.lock().await;
+                    take_down(remains.take()).await;
+                    engine.prove().await
+                }
+            });
+            let proof = proving
+                .await
+                .unwrap_or_else(|error| Proof::failed(format!("the engine's own code failed: {error}")));
+            let parts = vec![serde_json::to_vec(&proof).unwrap_or_default()];
+            let told = Message { parts, ..Message::of(Tell::Proof { ticket }) };
+            let _ = sender.send(Outgoing::Report(told, slot));
+        });
+        Ok(())
     }
 
     fn run(&self, run: u64, number: u32, parts: Vec<Vec<u8>>) -> Result<(), LinkError> {

@@ -11,6 +11,7 @@ use super::worker_side::RemoteEngine;
 use crate::engine::{Engine, Order};
 use crate::exec::{Entered, ExecEnd, ExecError, ExecOrder, attend};
 use crate::observe::{Observer, SlotGauges, Stream};
+use crate::proof::Proof;
 use crate::report::Report;
 use crate::terminal::Strokes;
 
@@ -62,6 +63,18 @@ impl EngineHandle {
                 attend(streams, strokes, output, program.end()).await
             }
             Place::There(engine) => engine.exec(id, order, strokes, output).await,
+        }
+    }
+
+    /// Attacks sandboxes of the engine's own, in slot 0, in which no job may run meanwhile: see [`Engine::prove`].
+    pub async fn prove(&self) -> Proof {
+        match &self.0 {
+            Place::Here(engine) => engine.prove().await,
+            Place::There(engine) => {
+                let engine = Arc::clone(engine);
+                let asked = tokio::task::spawn_blocking(move || engine.prove()).await;
+                asked.unwrap_or_else(|error| Proof::failed(format!("the engine cannot be asked: {error}")))
+            }
         }
     }
 

@@ -39,6 +39,8 @@ pub(super) enum Ask {
     Cancel { run: u64, slot: u32 },
     /// The answer has been given: take down what is left of the slot's last job.
     TakeDown { slot: u32 },
+    /// Attack sandboxes of the engine's own, in slot 0, which must be free.
+    Prove { ticket: u64 },
     /// Read the gauges.
     Gauges { ticket: u64 },
     /// Something about layers.
@@ -114,6 +116,8 @@ pub(super) enum Tell {
         /// Whether the engine can run others.
         alive: bool,
     },
+    /// What came of the attacks. Part: the [`Proof`](crate::Proof) as JSON.
+    Proof { ticket: u64 },
     /// The gauges of running slots.
     Gauges { ticket: u64, slots: Vec<WireGauges> },
     /// Something about layers.

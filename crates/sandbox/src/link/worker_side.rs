@@ -18,6 +18,7 @@ use super::remote_exec::Exec;
 use super::wire::{self, LinkError, MAX_PACKET, Message};
 use crate::engine::Order;
 use crate::observe::{Observer, SlotGauges, Stream};
+use crate::proof::Proof;
 use crate::refusal::Refusal;
 use crate::report::{Remains, Report};
 
@@ -64,6 +65,7 @@ struct Run {
 pub(super) enum Answer {
     Gauges(Vec<SlotGauges>),
     Layers(TellLayers),
+    Proof(Proof),
 }
 
 /// What is heard of a run.
@@ -134,6 +136,11 @@ impl State {
             }
             Tell::Gauges { ticket, slots } => {
                 self.answer(ticket, Answer::Gauges(slots.into_iter().map(Into::into).collect()));
+            }
+            Tell::Proof { ticket } => {
+                let proof = serde_json::from_slice(&parts.pop().unwrap_or_default());
+                let proof = proof.unwrap_or_else(|_| Proof::failed("the engine's proof cannot be read"));
+                self.answer(ticket, Answer::Proof(proof));
             }
             Tell::Layers { ticket, tell } => self.answer(ticket, Answer::Layers(tell)),
             Tell::Entered { exec, third } => self.entered(exec, third, fds),
@@ -249,6 +256,14 @@ impl RemoteEngine {
         };
         self.state.tickets().remove(&ticket);
         answer
+    }
+
+    /// Waits until the engine has made its attacks, or is gone.
+    pub(super) fn prove(&self) -> Proof {
+        match self.answer_to(|ticket| Message::of(Ask::Prove { ticket }), None) {
+            Some(Answer::Proof(proof)) => proof,
+            _ => Proof::failed("the engine process is gone"),
+        }
     }
 
     pub(super) fn gauges(&self) -> Vec<SlotGauges> {

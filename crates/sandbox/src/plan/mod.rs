@@ -67,6 +67,8 @@ pub(crate) struct VolumePlan {
     pub(crate) source: VolumeSource,
     pub(crate) target: String,
     pub(crate) read_only: bool,
+    /// Whether it is the engine's own: allowed by no config, and shown with the owners that it has.
+    pub(crate) ours: bool,
 }
 
 /// One file to write before the start.
@@ -132,6 +134,7 @@ impl JobPlan {
                         source: volume.source.clone(),
                         target: volume.target.to_string(),
                         read_only: volume.read_only,
+                        ours: false,
                     })
                 })
                 .collect::<Result<_, Refusal>>()?,

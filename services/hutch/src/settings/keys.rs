@@ -50,6 +50,7 @@ pub(crate) const KEYS: &[Key] = &[
     key("worker.egress.enabled", "whether jobs may have a way out to the internet"),
     list("worker.egress.allow", "what they reach that is not of the internet: 10.1.0.0/16, 10.1.2.3:443"),
     list("worker.egress.deny", "what they do not reach, whatever else is said"),
+    key("worker.prove", "whether jobs are taken only once attacks on a sandbox were held"),
     key("worker.drain_grace", "how long running jobs may go on at the end"),
     key("worker.lease", "how long a job is held without a sign of life"),
     key("worker.store_patience", "how long a store that fails is waited for"),

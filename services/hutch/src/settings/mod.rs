@@ -66,6 +66,7 @@ pub(crate) struct WorkerSettings {
     #[serde(default)]
     pub(crate) seccomp: SeccompSpec,
     pub(crate) egress: EgressSettings,
+    pub(crate) prove: bool,
     pub(crate) drain_grace: Millis,
     pub(crate) lease: Millis,
     pub(crate) store_patience: Millis,

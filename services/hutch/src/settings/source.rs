@@ -88,6 +88,7 @@ pub(super) fn defaults(flags: &Flags) -> Layer {
         ("worker.egress.deny", empty()),
         ("worker.drain_grace", "30s".into()),
         ("worker.lease", "30s".into()),
+        ("worker.prove", true.into()),
         ("worker.store_patience", "10m".into()),
     ];
     values.extend(flags.defaults.iter().cloned());
