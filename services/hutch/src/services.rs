@@ -58,15 +58,18 @@ pub(crate) async fn worker(ready: Ready) -> anyhow::Result<ExitCode> {
     let worker = build_worker(&settings, &homes, engine, registries, Arc::clone(&queue), blobs)?;
     let drain = worker.drain();
     let signals = signals::drain_on_end(drain.clone());
-    term::note(format!(
-        "worker {} is ready: {} slots on {}; http://{}/metrics",
-        settings.worker.name,
-        settings.worker.slots,
-        settings.worker.queues.join(", "),
-        listener.local_addr()?
-    ));
+    let address = listener.local_addr()?;
     let routes = hutch_worker::router(Arc::clone(&worker));
     let server = tokio::spawn(async move { axum::serve(listener, routes).await });
+    let name = &settings.worker.name;
+    term::note(match worker.prove().await {
+        None => format!(
+            "worker {name} is ready: {} slots on {}; http://{address}/metrics",
+            settings.worker.slots,
+            settings.worker.queues.join(", ")
+        ),
+        Some(why) => format!("worker {name} is not ready: {why}; http://{address}/metrics"),
+    });
     let ended = worker.run().await;
     server.abort();
     signals.abort();

@@ -55,12 +55,15 @@ pub(crate) async fn up(args: UpArgs, ready: Ready) -> anyhow::Result<ExitCode> {
     let signals = signals::drain_on_end(drain.clone());
     let routes = hutch_gateway::router(Arc::clone(&gateway));
     let mut serving = tokio::spawn(hutch_gateway::serve(listener, gateway, routes));
+    term::note(match worker.prove().await {
+        None => format!(
+            "ready on http://{address} ({} slots; data in {})",
+            settings.worker.slots,
+            settings.data_dir.display()
+        ),
+        Some(why) => format!("on http://{address} no job is taken: {why}"),
+    });
     let mut working = tokio::spawn(async move { worker.run().await });
-    term::note(format!(
-        "ready on http://{address} ({} slots; data in {})",
-        settings.worker.slots,
-        settings.data_dir.display()
-    ));
     if args.demo {
         tokio::select! {
             shown = demo::show(queue.as_ref(), address) => shown?,

@@ -26,14 +26,25 @@ const FADE: Duration = Duration::from_secs(60);
 /// The longest pause after a failure of the host.
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 
+/// What is known of the isolation of jobs on this host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) enum Isolation {
+    /// Attacks were held, or nobody asks for them.
+    #[default]
+    Held,
+    /// Nothing yet.
+    Untried,
+    /// An attack got through: which, and what to do about it.
+    Not(String),
+}
+
 /// What is known of this host.
 #[derive(Debug)]
 pub(crate) struct Health {
     data_dir: PathBuf,
     failures: Mutex<Failures>,
     broken: OnceLock<String>,
-    /// Why no job may be run yet.
-    unproven: Mutex<Option<String>>,
+    isolation: Mutex<Isolation>,
 }
 
 /// What failed since a job last ran to a verdict.
@@ -75,7 +86,7 @@ impl Failures {
 
 impl Health {
     pub(crate) fn new(data_dir: PathBuf) -> Self {
-        Self { data_dir, failures: Mutex::default(), broken: OnceLock::new(), unproven: Mutex::default() }
+        Self { data_dir, failures: Mutex::default(), broken: OnceLock::new(), isolation: Mutex::default() }
     }
 
     /// Why no job should be taken now; none if one may.
@@ -85,13 +96,30 @@ impl Health {
 
     /// Why this worker is not ready; none if it is.
     pub(crate) fn not_ready(&self) -> Option<String> {
-        let unproven = self.unproven.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        unproven.or_else(|| self.failures().not_ready(Instant::now())).or_else(|| self.unfit())
+        self.unproven().or_else(|| self.failures().not_ready(Instant::now())).or_else(|| self.unfit())
     }
 
-    /// Whether jobs are isolated here is not known, or they are not, for this reason; none if they are.
-    pub(crate) fn unproven(&self, why: Option<String>) {
-        *self.unproven.lock().unwrap_or_else(PoisonError::into_inner) = why;
+    /// What is known of the isolation of jobs from now on.
+    pub(crate) fn proved(&self, isolation: Isolation) {
+        *self.isolation() = isolation;
+    }
+
+    /// Whether that was never tried.
+    pub(crate) fn is_untried(&self) -> bool {
+        *self.isolation() == Isolation::Untried
+    }
+
+    /// Why no job may be run yet; none if one may.
+    pub(crate) fn unproven(&self) -> Option<String> {
+        match &*self.isolation() {
+            Isolation::Untried => Some("whether jobs are isolated here was not tried yet".to_owned()),
+            Isolation::Not(why) => Some(format!("jobs would not be isolated here: {why}")),
+            Isolation::Held => None,
+        }
+    }
+
+    fn isolation(&self) -> MutexGuard<'_, Isolation> {
+        self.isolation.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Nothing can be run here any more, whatever is waited for.

@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 
 use crate::attempt::Means;
 use crate::exec::answer_calls;
-use crate::health::Health;
+use crate::health::{Health, Isolation};
 use crate::live::{Live, Shared};
 use crate::metrics::Metrics;
 use crate::slot::Slot;
@@ -73,7 +73,7 @@ impl Worker {
         let live = Arc::new(Live::new(engine.clone(), Arc::clone(&queue), layers.clone())?);
         registry.register(Box::new(Shared(Arc::clone(&live))))?;
         let health = Health::new(config.data_dir.clone());
-        health.unproven(config.prove.then(|| "whether jobs are isolated here is being tried".to_owned()));
+        health.proved(if config.prove { Isolation::Untried } else { Isolation::Held });
         Ok(Self {
             health: Arc::new(health),
             means: Means { engine, queue, blobs, layers, config: Arc::new(config) },
@@ -116,7 +116,7 @@ impl Worker {
     /// # Errors
     /// [`WorkerError::Queue`] if the queue cannot work as it is set up; what can be mended is waited for.
     pub async fn run(&self) -> Result<(), WorkerError> {
-        if self.means.config.prove && !self.proven().await? {
+        if !self.proven().await? {
             return Ok(());
         }
         let mut slots = JoinSet::new();
@@ -155,30 +155,43 @@ impl Worker {
         }
     }
 
+    /// Has the engine attack a sandbox of its own, unless the config says not to: why no job is taken, if one got through.
+    /// [`Worker::run`] tries again; call it before that to know the answer first.
+    pub async fn prove(&self) -> Option<String> {
+        if !self.means.config.prove {
+            return None;
+        }
+        let begun = Instant::now();
+        let shortfall = tokio::select! {
+            () = self.drain.stop.cancelled() => return self.health.unproven(),
+            proof = self.means.engine.prove() => proof.shortfall(),
+        };
+        match &shortfall {
+            None => tracing::info!(took_ms = begun.elapsed().as_millis(), "attacks on a sandbox were held"),
+            Some(why) => {
+                tracing::error!(why, "no job is taken: jobs would not be isolated; see `hutch doctor`")
+            }
+        }
+        self.health.proved(shortfall.map_or(Isolation::Held, Isolation::Not));
+        self.health.unproven()
+    }
+
     /// Waits until attacks on a sandbox are held here; false if the worker is to end before that.
     async fn proven(&self) -> Result<bool, WorkerError> {
-        let engine = &self.means.engine;
-        loop {
-            let begun = Instant::now();
-            let shortfall = tokio::select! {
-                () = self.drain.stop.cancelled() => return Ok(false),
-                proof = engine.prove() => proof.shortfall(),
-            };
-            let Some(why) = shortfall else {
-                tracing::info!(took_ms = begun.elapsed().as_millis(), "attacks on a sandbox were held");
-                self.health.unproven(None);
-                return Ok(true);
-            };
-            if !engine.is_alive() {
+        if self.health.is_untried() {
+            self.prove().await;
+        }
+        while let Some(why) = self.health.unproven() {
+            if !self.means.engine.is_alive() {
                 return Err(WorkerError::Broken(format!("no sandbox can be made here: {why}")));
             }
-            tracing::error!(%why, "no job is taken: jobs would not be isolated here; see `hutch doctor`");
-            self.health.unproven(Some(format!("jobs would not be isolated here: {why}")));
             tokio::select! {
                 () = self.drain.stop.cancelled() => return Ok(false),
                 () = tokio::time::sleep(PROVE_AGAIN) => {}
             }
+            self.prove().await;
         }
+        Ok(true)
     }
 }
 
