@@ -149,7 +149,7 @@ impl Inner {
             waiting: &self.waiting,
             cgroups: &self.cgroups,
             config: &self.config,
-            host: self.host.as_ref(),
+            host: self.host.get(),
             owner_maps: self.owner_maps.get(slot as usize)?.borrowed(),
             ids: self.ids.of(slot)?,
             network: self.config.network_namespace,
