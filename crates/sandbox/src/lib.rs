@@ -46,3 +46,27 @@ pub use observe::{Observer, SlotGauges, Stream, Unobserved};
 pub use proof::{Proof, Trial, probe};
 pub use report::{Durations, JobFacts, Remains, Report};
 pub use terminal::{Stroke, Strokes};
+
+/// What benchmarks measure by itself.
+#[doc(hidden)]
+pub mod measured {
+    use hutch_proto::JobSpec;
+
+    use crate::config::EngineConfig;
+    use crate::host;
+    use crate::plan::{Abilities, JobPlan};
+
+    /// Decides everything about a job on a host without processors to choose from; how many steps it has.
+    ///
+    /// # Errors
+    /// Why it cannot be run as it is written.
+    pub fn plan(spec: &JobSpec, config: &EngineConfig) -> Result<usize, String> {
+        let abilities = Abilities {
+            processors: None,
+            swap: true,
+            hard_limits: host::hard_limits(),
+            images: Err(String::new()),
+        };
+        JobPlan::new(spec, config, &abilities).map(|plan| plan.steps.len()).map_err(|e| e.message)
+    }
+}

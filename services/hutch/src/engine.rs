@@ -29,10 +29,11 @@ pub(crate) fn shared(settings: &Settings, trees: CappedTrees) -> anyhow::Result<
     })
 }
 
-/// The engine of `hutch run`: the caller may use whatever the caller can read.
+/// The engine of `hutch run`: the caller may use whatever the caller can read, and there is no next job to prepare for.
 pub(crate) fn alone(settings: &Settings, trees: CappedTrees) -> anyhow::Result<EngineConfig> {
     Ok(EngineConfig {
         slots: 1,
+        prepare_ahead: false,
         allow_host_layer: true,
         allowed_host_paths: vec![PathBuf::from("/")],
         layer_dirs: vec![PathBuf::from("/")],
