@@ -54,7 +54,10 @@ pub(crate) fn write(path: &Path, machine: &str, all: &[Series]) -> anyhow::Resul
         bail!("{}: `{BEGIN}` and `{END}` are expected, around the place of the figures", path.display());
     };
     let plot = path.with_extension("svg");
-    let arguments: Vec<_> = std::env::args().skip(1).filter(|argument| !argument.contains('/')).collect();
+    let arguments: Vec<_> = std::env::args()
+        .skip(1)
+        .filter(|argument| !argument.contains('/') && argument != "--document")
+        .collect();
     let mut text = format!("{BEGIN}\n\n`cargo xtask bench {}`: {machine}", arguments.join(" "));
     if let Some(series) = all.first() {
         let named = series.ways().filter(|way| !way.version.is_empty());

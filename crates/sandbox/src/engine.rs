@@ -175,6 +175,7 @@ impl Engine {
         let failed =
             |what: &str, e: &dyn std::error::Error| EngineError(format!("{what}: {}", with_source(e)));
         let launcher = launcher.0;
+        host::raise_open_files(config.slots);
         let cgroups = Cgroups::find().map_err(|e| EngineError(with_source(&e)))?;
         let reaped = cgroups.reap();
         tell_launcher(&launcher, &cgroups)?;
@@ -315,6 +316,9 @@ impl Engine {
             course.remains.mounts.clear();
             let network = course.remains.way_out.as_ref().map(|way| way.namespace.as_fd());
             let running = spawn(means, plan, number, &prepared, built.take(), network)?;
+            if number + 1 == plan.steps.len() {
+                prepared.close_shown();
+            }
             let _live = self.register(order.slot, &running.cgroup, step.limits.memory_bytes);
             let _open = self.open(order.job.id, Inside::new(&running, plan, step, ids)?);
             if !told.swap(true, Ordering::Relaxed) {
@@ -323,8 +327,12 @@ impl Engine {
             let mut exited = supervise(running, step, course.kept(), &prepared, order, observer)
                 .await
                 .map_err(|e| Refusal::host(format!("lost sight of a sandbox: {e}")))?;
+            if number + 1 == plan.steps.len() {
+                course.step_done(step, plan, exited)?;
+                break;
+            }
             let handed_back = exited.handed_back.take_scratch();
-            if !course.step_done(step, plan, exited)? || number + 1 == plan.steps.len() {
+            if !course.step_done(step, plan, exited)? {
                 break;
             }
             match handed_back {

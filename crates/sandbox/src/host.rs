@@ -5,7 +5,7 @@ use std::path::Path;
 
 use hutch_sandbox_sys::IdRange;
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::plan::HardLimits;
 
@@ -16,6 +16,26 @@ pub(crate) fn hard_limits() -> HardLimits {
         open_files: hard(Resource::RLIMIT_NOFILE),
         stack_bytes: hard(Resource::RLIMIT_STACK),
         core_bytes: hard(Resource::RLIMIT_CORE),
+    }
+}
+
+/// Descriptors of the engine for each slot: a job that runs, what is left of one, and what waits for the next.
+const OPEN_FILES_PER_SLOT: u64 = 64;
+
+/// Raises how many files this process may have open to what it may be raised to, and says so if that is less than these
+/// slots may need.
+pub(crate) fn raise_open_files(slots: u32) {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+    if soft < hard
+        && let Err(e) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::debug!(error = e.desc(), "the limit of open files stays at {soft}");
+    }
+    let wanted = u64::from(slots) * OPEN_FILES_PER_SLOT;
+    if hard < wanted {
+        tracing::warn!(
+            "{slots} slots may need {wanted} open files, {hard} are allowed: raise `ulimit -n`, or LimitNOFILE of systemd"
+        );
     }
 }
 

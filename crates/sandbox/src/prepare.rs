@@ -139,6 +139,12 @@ impl Prepared {
         Ok(())
     }
 
+    /// Closes the directories that were shown, once no other step will be mounted from them.
+    pub(crate) fn close_shown(&mut self) {
+        self.shown.clear();
+        self.volumes.clear();
+    }
+
     /// Whether the directories of a plan's layers are those that were opened for it. Layers of the store never change.
     pub(crate) fn is_current(&self, plan: &JobPlan, config: &EngineConfig) -> bool {
         let mut shown = self.shown.iter();

@@ -108,13 +108,11 @@ pub(crate) fn spawn(
     let stderr_index = fds.add([stderr_end.as_fd()]);
     let network = network.map(|namespace| fds.add([namespace]));
     let payload = prepared.payload.as_ref().filter(|_| first).map(|payload| fds.add([payload.as_fd()]));
-    let unified;
-    let program_cgroup = match entrance {
-        Entrance::Tasks(tasks) => ProgramCgroup::Tasks(indices(&mut fds, &tasks)),
+    let program_cgroup = match &entrance {
+        Entrance::Tasks(tasks) => ProgramCgroup::Tasks(indices(&mut fds, tasks)),
         Entrance::Unified(dir, tasks) => {
-            unified = dir;
-            let dir = fds.add([unified.as_fd()]);
-            ProgramCgroup::Unified(dir, indices(&mut fds, &tasks))
+            let dir = fds.add([dir.as_fd()]);
+            ProgramCgroup::Unified(dir, indices(&mut fds, tasks))
         }
     };
     let plan = Plan {
@@ -179,8 +177,8 @@ fn carried(job: &JobPlan, prepared: &Prepared, first: bool) -> u64 {
     prepared.scratch.memory_bytes()
 }
 
-pub(crate) fn indices<'a>(fds: &mut FdList<'a>, tasks: &[BorrowedFd<'a>]) -> Vec<FdIndex> {
-    tasks.iter().map(|task| fds.add([*task])).collect()
+pub(crate) fn indices<'a>(fds: &mut FdList<'a>, tasks: &'a [OwnedFd]) -> Vec<FdIndex> {
+    tasks.iter().map(|task| fds.add([task.as_fd()])).collect()
 }
 
 fn file_writes(job: &JobPlan) -> Vec<FileWrite> {

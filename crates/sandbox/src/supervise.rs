@@ -121,12 +121,13 @@ pub(crate) async fn supervise(
     } = running;
     let now = Instant::now();
     let [report, stdout, stderr] = [watched(report)?, watched(stdout)?, watched(stderr)?];
-    let memory = out_of_memory.map(watched).transpose()?;
+    let memory = out_of_memory.map(readable).transpose()?;
     let mut watch = Watch {
         limits,
         step,
         observer,
-        init: watched(init)?,
+        // A pidfd and an event are only waited for, never read.
+        init: readable(init)?,
         cgroup,
         carried_bytes,
         prepared,
@@ -198,9 +199,15 @@ pub(crate) async fn supervise(
     }
     let dead_ns = process::monotonic_ns();
     // Every process of this sandbox is dead: what is left in the pipes is all that it wrote.
-    watch.read_records(&report)?;
-    watch.drain(&stdout, Stream::Stdout)?;
-    watch.drain(&stderr, Stream::Stderr)?;
+    if open[0] {
+        watch.read_records(&report)?;
+    }
+    for (still_open, pipe, stream) in [(open[1], &stdout, Stream::Stdout), (open[2], &stderr, Stream::Stderr)]
+    {
+        if still_open {
+            watch.drain(pipe, stream)?;
+        }
+    }
     if let Some(terminal) = terminal.filter(|_| shows) {
         watch.drain_up_to(&terminal.fd, Stream::Stdout, TERMINAL_HOLDS)?;
     }

@@ -13,7 +13,7 @@ mod v2;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -96,7 +96,15 @@ struct Place {
     version: Version,
     controllers: Vec<Controller>,
     dir: PathBuf,
-    kept: Vec<(&'static str, File)>,
+    kept: Vec<Kept>,
+}
+
+/// A control file that is open.
+#[derive(Debug)]
+struct Kept {
+    name: &'static str,
+    access: Access,
+    file: File,
 }
 
 impl Place {
@@ -115,7 +123,7 @@ impl Place {
                     Access::Both => OpenOptions::new().read(true).write(true).open(place.dir.join(name)),
                 };
                 // Some are on some kernels only; what is needed is found out when it is used.
-                place.kept.extend(file.ok().map(|file| (*name, file)));
+                place.kept.extend(file.ok().map(|file| Kept { name, access: *access, file }));
             }
         }
         Ok(place)
@@ -126,7 +134,7 @@ impl Place {
     }
 
     fn kept(&self, name: &str) -> Option<&File> {
-        self.kept.iter().find(|(kept, _)| *kept == name).map(|(_, file)| file)
+        self.kept.iter().find(|kept| kept.name == name).map(|kept| &kept.file)
     }
 
     fn write(&self, name: &str, value: &str) -> io::Result<()> {
@@ -177,12 +185,15 @@ pub(crate) struct JobCgroup {
 
 /// How a program is put into its group.
 #[derive(Debug)]
-pub(crate) enum Entrance<'a> {
+pub(crate) enum Entrance {
     /// By writing to these `tasks` files.
-    Tasks(Vec<BorrowedFd<'a>>),
+    Tasks(Vec<OwnedFd>),
     /// By being born in this directory, and writing to the `tasks` files of v1 controllers.
-    Unified(OwnedFd, Vec<BorrowedFd<'a>>),
+    Unified(OwnedFd, Vec<OwnedFd>),
 }
+
+/// The file of a v1 group by which a process enters.
+const TASKS: &str = "tasks";
 
 static NEXT: AtomicU64 = AtomicU64::new(0);
 
@@ -193,11 +204,12 @@ impl Cgroups {
     /// Which file the kernel refused, and why.
     pub(crate) fn take(&self, limits: &Limits) -> Result<JobCgroup, CgroupError> {
         let spare = if limits.cpuset.is_some() { None } else { self.spares().pop() };
-        let group = match spare {
+        let mut group = match spare {
             Some(spare) => spare,
             None => self.make(limits.cpuset.is_some())?,
         };
         group.limit(limits)?;
+        group.keep(|kept| kept.access != Access::Write || kept.name == TASKS);
         Ok(group)
     }
 
@@ -251,9 +263,21 @@ impl JobCgroup {
         Ok(())
     }
 
+    /// Closes control files that are not needed any more: there may be a thousand groups at one time.
+    fn keep(&mut self, wanted: impl Fn(&Kept) -> bool) {
+        for place in Arc::get_mut(&mut self.places).into_iter().flatten() {
+            place.kept.retain(&wanted);
+        }
+    }
+
     /// How a program enters this group.
-    pub(crate) fn entrance(&self) -> Result<Entrance<'_>, CgroupError> {
-        entrance(&self.places)
+    pub(crate) fn entrance(&mut self) -> Result<Entrance, CgroupError> {
+        let mut open: Vec<Option<File>> = self.places.iter().map(|_| None).collect();
+        for (place, open) in Arc::get_mut(&mut self.places).into_iter().flatten().zip(&mut open) {
+            let at = place.kept.iter().position(|kept| kept.name == TASKS);
+            *open = at.map(|at| place.kept.swap_remove(at).file);
+        }
+        entrance(&self.places, open)
     }
 
     /// A view of this group that does not keep it.
@@ -295,8 +319,8 @@ pub(crate) struct GroupWatch {
 
 impl GroupWatch {
     /// How one more program enters the group.
-    pub(crate) fn entrance(&self) -> Result<Entrance<'_>, CgroupError> {
-        entrance(&self.places)
+    pub(crate) fn entrance(&self) -> Result<Entrance, CgroupError> {
+        entrance(&self.places, self.places.iter().map(|_| None))
     }
 
     /// What the kernel has counted so far.
@@ -324,15 +348,18 @@ impl GroupWatch {
     }
 }
 
-fn entrance(places: &[Place]) -> Result<Entrance<'_>, CgroupError> {
+/// How a program enters a group, by the `tasks` files that are open already, or else are opened now.
+fn entrance(places: &[Place], open: impl IntoIterator<Item = Option<File>>) -> Result<Entrance, CgroupError> {
     let mut unified = None;
     let mut tasks = Vec::new();
-    for place in places {
+    for (place, open) in places.iter().zip(open) {
         match place.version {
             Version::V1 => {
-                let missing = || io::Error::from(io::ErrorKind::NotFound);
-                let file = place.kept("tasks").ok_or_else(missing);
-                tasks.push(file.map_err(CgroupError::of("enter", &place.dir))?.as_fd());
+                let file = match open {
+                    Some(file) => Ok(file),
+                    None => OpenOptions::new().write(true).open(place.dir.join(TASKS)),
+                };
+                tasks.push(file.map_err(CgroupError::of("enter", &place.dir))?.into());
             }
             Version::V2 => {
                 let dir = File::open(&place.dir).map_err(CgroupError::of("open", &place.dir))?;

@@ -250,13 +250,12 @@ fn start(
     let report_index = fds.add([report_end.as_fd()]);
     program.stdin = stdin_end.as_ref().map(|end| fds.add([end.as_fd()]));
     program.outputs = [fds.add([stdout_end.as_fd()]), fds.add([stderr_end.as_fd()])];
-    let unified;
-    program.cgroup = match inside.group.entrance().map_err(|e| ExecError::Host(with_source(&e)))? {
-        Entrance::Tasks(tasks) => ProgramCgroup::Tasks(indices(&mut fds, &tasks)),
+    let entrance = inside.group.entrance().map_err(|e| ExecError::Host(with_source(&e)))?;
+    program.cgroup = match &entrance {
+        Entrance::Tasks(tasks) => ProgramCgroup::Tasks(indices(&mut fds, tasks)),
         Entrance::Unified(dir, tasks) => {
-            unified = dir;
-            let dir = fds.add([unified.as_fd()]);
-            ProgramCgroup::Unified(dir, indices(&mut fds, &tasks))
+            let dir = fds.add([dir.as_fd()]);
+            ProgramCgroup::Unified(dir, indices(&mut fds, tasks))
         }
     };
     let plan =
