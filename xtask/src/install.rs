@@ -23,6 +23,7 @@ pub(crate) const FOR_TESTS: &[Package] = &[
     ("umoci", "/usr/bin/umoci"),
     ("skopeo", "/usr/bin/skopeo"),
     ("docker-registry", "/usr/bin/docker-registry"),
+    ("prometheus", "/usr/bin/promtool"),
     ("e2fsprogs", "/usr/sbin/mkfs.ext4"),
     ("passt", "/usr/bin/pasta"),
     ("nftables", "/usr/sbin/nft"),

@@ -127,9 +127,12 @@ struct LiveGroup {
 impl LiveGroup {
     fn gauges(&self, slot: u32) -> SlotGauges {
         let readings = self.watch.readings();
+        let (memory_anonymous_bytes, memory_file_bytes) = self.watch.memory_kinds();
         SlotGauges {
             slot,
             memory_bytes: readings.memory_bytes,
+            memory_anonymous_bytes,
+            memory_file_bytes,
             memory_limit_bytes: self.memory_limit_bytes,
             cpu_us: readings.cpu_us(),
             cpu_throttled_us: readings.throttled_us,

@@ -34,6 +34,10 @@ pub struct SlotGauges {
     pub slot: u32,
     /// Bytes of memory now.
     pub memory_bytes: u64,
+    /// Those of them that are anonymous: heaps and stacks.
+    pub memory_anonymous_bytes: u64,
+    /// Those of them that are of files: page cache and tmpfs, the scratch file system among it.
+    pub memory_file_bytes: u64,
     /// Bytes of memory allowed.
     pub memory_limit_bytes: u64,
     /// Microseconds of processor time.

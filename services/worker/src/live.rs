@@ -22,6 +22,8 @@ pub(crate) struct Live {
     layers: Layers,
     state: Mutex<State>,
     memory: GaugeVec,
+    memory_anonymous: GaugeVec,
+    memory_file: GaugeVec,
     memory_limit: GaugeVec,
     pids: GaugeVec,
     cpu: CounterVec,
@@ -77,6 +79,16 @@ impl Live {
             layers,
             state: Mutex::default(),
             memory: gauge("hutch_cgroup_memory_bytes", "Memory of the job in a slot.", slot)?,
+            memory_anonymous: gauge(
+                "hutch_cgroup_memory_anonymous_bytes",
+                "Anonymous memory of the job in a slot: heaps and stacks.",
+                slot,
+            )?,
+            memory_file: gauge(
+                "hutch_cgroup_memory_file_bytes",
+                "Memory of files of the job in a slot: page cache and tmpfs.",
+                slot,
+            )?,
             memory_limit: gauge(
                 "hutch_cgroup_memory_limit_bytes",
                 "Memory that the job in a slot may have.",
@@ -130,7 +142,7 @@ impl Live {
         let now: BTreeSet<u32> = gauges.iter().map(|slot| slot.slot).collect();
         for gone in state.slots.difference(&now) {
             let slot = &[gone.to_string()];
-            for gauge in [&self.memory, &self.memory_limit, &self.pids] {
+            for gauge in [&self.memory, &self.memory_anonymous, &self.memory_file, &self.memory_limit, &self.pids] {
                 // An error says that the row is not there, which is what is wanted.
                 let _ = gauge.remove_label_values(slot);
             }
@@ -145,6 +157,8 @@ impl Live {
     fn refresh_slot(&self, state: &mut State, now: &SlotGauges) {
         let slot = now.slot.to_string();
         self.memory.with_label_values(&[&slot]).set(seconds(now.memory_bytes, 1.0));
+        self.memory_anonymous.with_label_values(&[&slot]).set(seconds(now.memory_anonymous_bytes, 1.0));
+        self.memory_file.with_label_values(&[&slot]).set(seconds(now.memory_file_bytes, 1.0));
         self.memory_limit.with_label_values(&[&slot]).set(seconds(now.memory_limit_bytes, 1.0));
         self.pids.with_label_values(&[&slot]).set(seconds(now.pids, 1.0));
         let cpu = state.grown(now.slot, "cpu", "", now.cpu_us);
@@ -178,9 +192,11 @@ impl Live {
         self.build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1.0);
     }
 
-    fn parts(&self) -> [&dyn Collector; 15] {
+    fn parts(&self) -> [&dyn Collector; 17] {
         [
             &self.memory,
+            &self.memory_anonymous,
+            &self.memory_file,
             &self.memory_limit,
             &self.pids,
             &self.cpu,

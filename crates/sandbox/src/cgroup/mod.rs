@@ -341,6 +341,17 @@ impl GroupWatch {
         readings
     }
 
+    /// Bytes of anonymous memory and of files' memory: memory.stat. What a job keeps on a tmpfs is a file's on both versions.
+    pub(crate) fn memory_kinds(&self) -> (u64, u64) {
+        let Some(place) = self.places.iter().find(|place| place.has(Controller::Memory)) else { return (0, 0) };
+        let text = place.text("memory.stat");
+        let (anonymous, file) = match place.version {
+            Version::V1 => ("total_rss", "total_cache"),
+            Version::V2 => ("anon", "file"),
+        };
+        (keyed(&text, anonymous).unwrap_or(0), keyed(&text, file).unwrap_or(0))
+    }
+
     /// Pressure of the group in microseconds, where the kernel counts it: resource, kind, total.
     pub(crate) fn pressure(&self) -> [Option<(&'static str, &'static str, u64)>; 6] {
         let unified = self.places.iter().find(|place| place.version == Version::V2);

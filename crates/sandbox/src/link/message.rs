@@ -196,7 +196,7 @@ pub(super) fn streams_of(third: Third, fds: Vec<OwnedFd>) -> Result<Streams, Lin
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct WireGauges {
     slot: u32,
-    values: [u64; 8],
+    values: [u64; 9],
     pressure_us: [Option<u64>; 6],
 }
 
@@ -213,7 +213,8 @@ const PRESSURES: [(&str, &str); 6] = [
 impl From<SlotGauges> for WireGauges {
     fn from(gauges: SlotGauges) -> Self {
         let SlotGauges { slot, memory_bytes, memory_limit_bytes, cpu_us, cpu_throttled_us, .. } = gauges;
-        let SlotGauges { pids, io_read_bytes, io_write_bytes, pressure_us, .. } = gauges;
+        let SlotGauges { memory_anonymous_bytes, memory_file_bytes, pids, .. } = gauges;
+        let SlotGauges { io_read_bytes, io_write_bytes, pressure_us, .. } = gauges;
         Self {
             slot,
             values: [
@@ -224,7 +225,8 @@ impl From<SlotGauges> for WireGauges {
                 pids,
                 io_read_bytes,
                 io_write_bytes,
-                0,
+                memory_anonymous_bytes,
+                memory_file_bytes,
             ],
             pressure_us: PRESSURES.map(|(resource, kind)| {
                 let known = pressure_us.iter().flatten().find(|of| (of.0, of.1) == (resource, kind));
@@ -244,7 +246,8 @@ impl From<WireGauges> for SlotGauges {
             pids,
             io_read_bytes,
             io_write_bytes,
-            _,
+            memory_anonymous_bytes,
+            memory_file_bytes,
         ] = wire.values;
         let mut pressure_us = [None; 6];
         for (place, ((resource, kind), total)) in PRESSURES.into_iter().zip(wire.pressure_us).enumerate() {
@@ -253,6 +256,8 @@ impl From<WireGauges> for SlotGauges {
         Self {
             slot: wire.slot,
             memory_bytes,
+            memory_anonymous_bytes,
+            memory_file_bytes,
             memory_limit_bytes,
             cpu_us,
             cpu_throttled_us,
