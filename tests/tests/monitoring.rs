@@ -142,7 +142,8 @@ impl Drop for Prometheus {
 /// `label_values(SERIES, LABEL)` as an expression that has a series for each value.
 fn variable(query: &str) -> String {
     let inner = query.strip_prefix("label_values(").and_then(|rest| rest.strip_suffix(')'));
-    let (series, label) = inner.and_then(|inner| inner.rsplit_once(", ")).expect("label_values(SERIES, LABEL)");
+    let (series, label) =
+        inner.and_then(|inner| inner.rsplit_once(", ")).expect("label_values(SERIES, LABEL)");
     format!("group by ({label}) ({series})")
 }
 
@@ -177,22 +178,26 @@ fn questions(instance: &str) -> BTreeMap<String, String> {
     asked
 }
 
-/// Jobs that end in several ways, and two for each service that run until they are killed with it.
+/// Jobs that end in several ways, and three for two slots that run until they are killed with the service.
 fn load(served: &Served) {
+    let submit = |job: &Value| {
+        let taken = served.post("/v1/jobs", job);
+        assert!(taken["id"].is_string(), "{taken}");
+    };
     let long = json!({"layers": ["host"], "limits": {"wall_time_ms": 600_000, "cpu_millis": 50},
         "command": ["sh", "-c", "head -c 1000000 /dev/zero > f; while :; do :; done"]});
     let short = |script: &str| {
         json!({"layers": ["host"], "command": ["sh", "-c", script],
             "limits": {"wall_time_ms": 60_000, "memory_bytes": 33_554_432}})
     };
-    served.post("/v1/jobs", &long);
+    submit(&long);
     for script in ["true", "exit 3", "kill -SEGV $$", "head -c 100000000 /dev/zero > /tmp/f", "echo out"] {
         let result = served.post("/v1/jobs?wait_ms=120000", &short(script));
         assert!(result["status"].is_string(), "{result}");
     }
-    served.post("/v1/jobs", &long);
+    submit(&long);
     // It waits, for all slots are full.
-    served.post("/v1/jobs", &long);
+    submit(&long);
 }
 
 #[test]

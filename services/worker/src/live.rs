@@ -142,7 +142,9 @@ impl Live {
         let now: BTreeSet<u32> = gauges.iter().map(|slot| slot.slot).collect();
         for gone in state.slots.difference(&now) {
             let slot = &[gone.to_string()];
-            for gauge in [&self.memory, &self.memory_anonymous, &self.memory_file, &self.memory_limit, &self.pids] {
+            for gauge in
+                [&self.memory, &self.memory_anonymous, &self.memory_file, &self.memory_limit, &self.pids]
+            {
                 // An error says that the row is not there, which is what is wanted.
                 let _ = gauge.remove_label_values(slot);
             }

@@ -343,7 +343,9 @@ impl GroupWatch {
 
     /// Bytes of anonymous memory and of files' memory: memory.stat. What a job keeps on a tmpfs is a file's on both versions.
     pub(crate) fn memory_kinds(&self) -> (u64, u64) {
-        let Some(place) = self.places.iter().find(|place| place.has(Controller::Memory)) else { return (0, 0) };
+        let Some(place) = self.places.iter().find(|place| place.has(Controller::Memory)) else {
+            return (0, 0);
+        };
         let text = place.text("memory.stat");
         let (anonymous, file) = match place.version {
             Version::V1 => ("total_rss", "total_cache"),

@@ -121,7 +121,13 @@ fn a_report_is_the_same_on_the_other_side() {
 
 #[test]
 fn gauges_are_the_same_on_the_other_side() {
-    let mut gauges = SlotGauges { slot: 3, memory_bytes: 4, io_write_bytes: 5, memory_file_bytes: 6, ..SlotGauges::default() };
+    let mut gauges = SlotGauges {
+        slot: 3,
+        memory_bytes: 4,
+        io_write_bytes: 5,
+        memory_file_bytes: 6,
+        ..SlotGauges::default()
+    };
     gauges.pressure_us[5] = Some(("io", "full", 6));
     let wire: message::WireGauges = gauges.into();
     assert_eq!(SlotGauges::from(wire), gauges);
