@@ -424,6 +424,14 @@ impl Engine {
         self.live().iter().map(|(slot, group)| group.gauges(*slot)).collect()
     }
 
+    /// Whether jobs can have a way out to the internet here.
+    ///
+    /// # Errors
+    /// Why not, in words.
+    pub fn egress(&self) -> Result<(), &str> {
+        self.0.egress.as_ref().map(|_| ()).map_err(String::as_str)
+    }
+
     /// Whether sandboxes can be made still: the launcher lives.
     #[must_use]
     pub fn is_alive(&self) -> bool {

@@ -194,9 +194,9 @@ async fn attacks(settings: &Settings, launcher: Launcher) -> Vec<Finding> {
     let started = queue::trees(settings)
         .and_then(|trees| engine::alone(settings, trees))
         .and_then(|config| Ok(Engine::new(launcher, config)?));
-    let proof = match started {
-        Ok(engine) => engine.prove().await,
-        Err(error) => Proof::failed(format!("{error:#}")),
+    let (proof, egress) = match started {
+        Ok(engine) => (engine.prove().await, Some(egress(&engine))),
+        Err(error) => (Proof::failed(format!("{error:#}")), None),
     };
     let finding = |Trial { name, held, seen, remedy }: Trial| Finding {
         name: name.into(),
@@ -204,7 +204,20 @@ async fn attacks(settings: &Settings, launcher: Launcher) -> Vec<Finding> {
         found: term::safe_line(&seen),
         remedy,
     };
-    proof.trials.into_iter().map(finding).collect()
+    proof.trials.into_iter().map(finding).chain(egress).collect()
+}
+
+/// Whether jobs can have a way out; without, they are refused, and nothing else is amiss.
+fn egress(engine: &Engine) -> Finding {
+    match engine.egress() {
+        Ok(()) => Finding::ok("egress", "jobs may have a way out to the internet"),
+        Err(why) => Finding::bad(
+            "egress",
+            Grade::Warning,
+            format!("jobs with network `egress` are rejected: {why}"),
+            "install passt and nftables, or set worker.egress.enabled = false",
+        ),
+    }
 }
 
 #[cfg(test)]
