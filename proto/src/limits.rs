@@ -45,6 +45,9 @@ macro_rules! limits {
         }
 
         impl LimitsSpec {
+            /// The names of all limits that are numbers.
+            pub const NUMBERS: &[&str] = &[$(stringify!($name),)+];
+
             /// These limits; what is left out is taken from `base`.
             #[must_use]
             pub fn over(&self, base: &Self) -> Self {
@@ -124,6 +127,18 @@ limits! {
     disk_bytes: always = 268_435_456;
     /// Files, directories and links that the job may make.
     disk_inodes: always = 100_000;
+    /// Bytes a second that may be read from each disk; what is more waits.
+    io_read_bytes_per_s: maybe;
+    /// Bytes a second that may be written to each disk; what is more waits.
+    io_write_bytes_per_s: maybe;
+    /// Reads a second from each disk; what is more waits.
+    io_read_ops_per_s: maybe;
+    /// Writes a second to each disk; what is more waits.
+    io_write_ops_per_s: maybe;
+    /// Bytes that may be read from disks in all.
+    io_read_bytes: maybe;
+    /// Bytes that may be written to disks in all.
+    io_write_bytes: maybe;
     /// Bytes of stdout that are kept.
     stdout_bytes: always = 1_048_576;
     /// Bytes of stderr that are kept.

@@ -45,7 +45,7 @@ pub enum Reason {
     Memory,
     /// More output than is kept, where that is not allowed.
     Output,
-    /// `disk_bytes` or `disk_inodes` was reached, and the program failed.
+    /// `disk_bytes` or `disk_inodes` was reached, and the program failed; or `io_read_bytes` or `io_write_bytes` was passed.
     Disk,
     /// `file_size_bytes` was reached (SIGXFSZ).
     FileSize,

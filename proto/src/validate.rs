@@ -205,6 +205,10 @@ fn check_limits(path: &str, limits: &LimitsSpec, found: &mut Found) {
             "disk_bytes" => (64 << 10, MAX_BYTES),
             "disk_inodes" => (16, 1 << 40),
             "swap_bytes" | "file_size_bytes" | "core_bytes" => (0, MAX_BYTES),
+            // Slower, a disk's other users would wait for what a job has under way.
+            "io_read_bytes_per_s" | "io_write_bytes_per_s" => (64 << 10, MAX_BYTES),
+            "io_read_ops_per_s" | "io_write_ops_per_s" => (16, 1_000_000_000),
+            "io_read_bytes" | "io_write_bytes" => (0, MAX_BYTES),
             "stdout_bytes" | "stderr_bytes" => (0, 64 << 20),
             "kill_grace_ms" => (0, 600_000),
             _ => (1, MAX_TIME_MS),

@@ -75,6 +75,10 @@ const BAD: &[(&str, &[&str])] = &[
     ("null", &["an object is expected, not null"]),
     (r#"["0199d0c4-7f3a-7c1e-9a55-0d8f6c1b2a34", ["host"], ["true"]]"#, &["an object is expected"]),
     (r#"{"layers": ["host"], "limits": [5000]}"#, &["limits: an object is expected, not an array"]),
+    (
+        r#"{"layers": ["host"], "command": ["a"], "limits": {"io_write_bytes_per_s": 1000}}"#,
+        &["limits.io_write_bytes_per_s: 65536..="],
+    ),
     (r#"{"layers": ["host"], "limits": null}"#, &["limits: an object is expected, not null"]),
     (r#"{"layers": ["host"], "stdin": ["hello"]}"#, &["stdin: an object is expected"]),
     (r#"{"layers": ["host"], "files": [["/a", "x"]]}"#, &["files[0]: an object is expected"]),

@@ -76,6 +76,10 @@ defences! {
     ProcessLimit = "process-limit",
     /// The limit of a job's group on processor time.
     ProcessorLimit = "processor-limit",
+    /// How fast a job may use a disk.
+    IoRates = "io-rates",
+    /// What waits for a disk is let go when its job is killed.
+    LiftedRates = "lifted-rates",
     /// A scratch file system of the job's own size.
     SizedScratch = "sized-scratch",
 }

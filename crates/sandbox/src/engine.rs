@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -179,11 +180,12 @@ impl Engine {
             |what: &str, e: &dyn std::error::Error| EngineError(format!("{what}: {}", with_source(e)));
         let launcher = launcher.0;
         host::raise_open_files(config.slots);
-        let cgroups = Cgroups::find().map_err(|e| EngineError(with_source(&e)))?;
+        let mut cgroups = Cgroups::find().map_err(|e| EngineError(with_source(&e)))?;
         let reaped = cgroups.reap();
         tell_launcher(&launcher, &cgroups)?;
         make_private(&config.data_dir).map_err(|e| failed("cannot make the data directory", &e))?;
         make_private(&volumes_dir(&config)).map_err(|e| failed("cannot make the volumes directory", &e))?;
+        let io = cgroups.watch_disks(&config.data_dir, &other_dirs(&config));
         let host = OnceLock::new();
         if config.allow_host_layer {
             let _ = host.set(host_layer(&config)?);
@@ -206,6 +208,7 @@ impl Engine {
             swap: cgroups.limits_swap(),
             hard_limits: host::hard_limits(),
             images: crate::image::possible(),
+            io,
         };
         Ok(Self(Arc::new(Inner {
             launcher,
@@ -560,7 +563,14 @@ fn host_layer(config: &EngineConfig) -> Result<HostLayer, EngineError> {
         .map_err(|e| EngineError(format!("cannot make the host layer: {}", with_source(&e))))
 }
 
-fn make_private(dir: &std::path::Path) -> std::io::Result<()> {
+/// Directories beside the data from which jobs can read, or to which they can write.
+fn other_dirs(config: &EngineConfig) -> Vec<&Path> {
+    let host = config.allow_host_layer.then_some(Path::new("/usr"));
+    let allowed = config.allowed_host_paths.iter().chain(&config.layer_dirs).map(PathBuf::as_path);
+    host.into_iter().chain(allowed).filter(|dir| dir.exists()).collect()
+}
+
+fn make_private(dir: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
     if without(Defence::PrivateStore) {
         std::fs::create_dir_all(dir)?;

@@ -159,6 +159,14 @@ pub(crate) fn spawn(
 
 /// Limits without those that were taken away: none is, in the product.
 fn weakened(limits: Limits) -> Limits {
+    let rates = |limits: Limits| Limits {
+        io_read_bytes_per_s: None,
+        io_write_bytes_per_s: None,
+        io_read_ops_per_s: None,
+        io_write_ops_per_s: None,
+        ..limits
+    };
+    let limits = if without(Defence::IoRates) { rates(limits) } else { limits };
     let kept = |defence, limit, far| if without(defence) { far } else { limit };
     Limits {
         memory_bytes: kept(Defence::MemoryLimit, limits.memory_bytes, 1 << 40),

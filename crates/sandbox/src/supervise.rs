@@ -9,6 +9,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
 use hutch_proto::{Captured, Limits, OutputOverflow};
+use hutch_sandbox_sys::defence::{Defence, without};
 use hutch_sandbox_sys::{HandedBack, RECORD_BYTES, Record, process};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -34,6 +35,9 @@ const SETUP_LIMIT: Duration = Duration::from_secs(60);
 const USAGE_EVERY: Duration = Duration::from_secs(1);
 /// Bounds of the time between two looks at the processor's use.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(500));
+
+/// The time between two looks at the use of disks.
+const LOOK_AT_IO: Duration = Duration::from_millis(50);
 
 /// What a terminal holds at most of what was not read yet: TTYB_DEFAULT_MEM_LIMIT of the kernel.
 const TERMINAL_HOLDS: u64 = 64 << 10;
@@ -87,6 +91,7 @@ struct Watch<'a> {
     setup_until: Instant,
     wall_until: Option<Instant>,
     look_at: Option<Instant>,
+    io_at: Option<Instant>,
     usage_at: Instant,
     cpu_us: u64,
     active: Instant,
@@ -140,6 +145,7 @@ pub(crate) async fn supervise(
         setup_until: now + SETUP_LIMIT,
         wall_until: None,
         look_at: None,
+        io_at: None,
         usage_at: now + USAGE_EVERY,
         cpu_us: 0,
         active: now,
@@ -318,7 +324,7 @@ impl Watch<'_> {
     /// The next moment at which something may be due.
     fn next_look(&self) -> Instant {
         let setup = if self.records.started_ns.is_none() { Some(self.setup_until) } else { None };
-        [self.kill_at, self.wall_until, self.look_at, setup]
+        [self.kill_at, self.wall_until, self.look_at, self.io_at, setup]
             .into_iter()
             .flatten()
             .fold(self.usage_at, Instant::min)
@@ -339,6 +345,9 @@ impl Watch<'_> {
         }
         if self.look_at.is_some_and(|at| at <= now) {
             self.look_at_processor(now);
+        }
+        if self.io_at.is_some_and(|at| at <= now) {
+            self.look_at_disks(now);
         }
         if self.usage_at <= now {
             self.usage_at = now + USAGE_EVERY;
@@ -381,6 +390,17 @@ impl Watch<'_> {
             wait = wait.min(limit.saturating_sub(idle).min(limit / 4));
         }
         self.look_at = Some(now + wait.max(LOOK_AGAIN.0));
+    }
+
+    /// Sees how much was read from disks and written to them.
+    fn look_at_disks(&mut self, now: Instant) {
+        let (read, written) = self.cgroup.io_bytes();
+        let passed = |limit: Option<u64>, used: u64| limit.is_some_and(|limit| used > limit);
+        self.io_at = Some(now + LOOK_AT_IO);
+        if passed(self.limits.io_read_bytes, read) || passed(self.limits.io_write_bytes, written) {
+            self.io_at = None;
+            self.kill(Cause::Io);
+        }
     }
 
     fn note_disk(&mut self) {
@@ -429,6 +449,17 @@ impl Watch<'_> {
         self.kill_at = None;
         self.ending = true;
         self.signal(libc::SIGKILL);
+        self.let_io_go();
+    }
+
+    /// What waits for a disk cannot die before it had its turn.
+    fn let_io_go(&self) {
+        let Limits { io_read_bytes_per_s, io_write_bytes_per_s, io_read_ops_per_s, io_write_ops_per_s, .. } =
+            self.limits;
+        let rates = [io_read_bytes_per_s, io_write_bytes_per_s, io_read_ops_per_s, io_write_ops_per_s];
+        if rates.into_iter().any(Option::is_some) && !without(Defence::LiftedRates) {
+            self.cgroup.lift_io_rates();
+        }
     }
 
     /// The kernel killed a process for memory, or is about to: the rest goes too.
@@ -455,7 +486,10 @@ impl Watch<'_> {
     fn note(&mut self, record: Record) {
         match record {
             Record::Failed { .. } => self.records.failed = Some(record),
-            Record::Ended { wait_status, at_ns } => self.records.ended = Some((wait_status, at_ns)),
+            Record::Ended { wait_status, at_ns } => {
+                self.records.ended = Some((wait_status, at_ns));
+                self.let_io_go();
+            }
             Record::Started { at_ns } => {
                 self.records.started_ns = Some(at_ns);
                 let now = Instant::now();
@@ -465,6 +499,9 @@ impl Watch<'_> {
                 self.active = now;
                 if self.limits.cpu_time_ms.is_some() || self.limits.idle_time_ms.is_some() {
                     self.look_at_processor(now);
+                }
+                if self.limits.io_read_bytes.is_some() || self.limits.io_write_bytes.is_some() {
+                    self.io_at = Some(now + LOOK_AT_IO);
                 }
             }
         }

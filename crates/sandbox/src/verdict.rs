@@ -20,6 +20,8 @@ pub(crate) enum Cause {
     CpuTime,
     IdleTime,
     Memory,
+    /// More was read from disks or written to them than is allowed.
+    Io,
     Output(&'static str),
     Requested,
     /// A system call, by its number, was refused to a job that is to be killed for that.
@@ -172,12 +174,22 @@ fn limit_hit(limits: &Limits, seen: &Observed) -> Option<Finding> {
         Some(Cause::Setup) => {
             return Some((Some(Reason::HostError), "the sandbox was not ready in time".to_owned(), None));
         }
-        Some(Cause::CpuTime | Cause::Memory) | None => {}
+        Some(Cause::CpuTime | Cause::Memory | Cause::Io) | None => {}
     }
     if let Some(allowed) = limits.cpu_time_ms
         && (seen.cause == Some(Cause::CpuTime) || cpu_ms > allowed)
     {
         return Some(over(Reason::CpuTime, "cpu_time_ms", "ms", allowed, cpu_ms));
+    }
+    for (name, allowed, measured) in [
+        ("io_read_bytes", limits.io_read_bytes, seen.readings.io_read_bytes),
+        ("io_write_bytes", limits.io_write_bytes, seen.readings.io_write_bytes),
+    ] {
+        if let Some(allowed) = allowed
+            && measured > allowed
+        {
+            return Some(over(Reason::Disk, name, "bytes", allowed, measured));
+        }
     }
     let failed = seen.end.is_some_and(|end| end != End::Exited(0));
     if let (Some(allowed), Some(End::Signaled(libc::SIGXFSZ))) = (limits.file_size_bytes, seen.end) {

@@ -224,13 +224,59 @@ fn a40_disks_that_are_filled() {
     .run();
 }
 
+/// A job that has a directory of the host's disk.
+fn on_disk(script: &str, limits: &Value) -> Value {
+    shell(script, &json!({"limits": limits, "volumes": [{"volume": "storm", "target": "/v"}]}))
+}
+
+/// Writes outside what a job is to be held back from; an error where that is no disk.
+fn write_outside(kib: u64) -> Result<String, String> {
+    let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
+    let begun = Instant::now();
+    let output = format!("of={}", dir.path().join("x").display());
+    let count = format!("count={}", kib / 64);
+    let done = Command::new("dd").args(["if=/dev/zero", "bs=64k", "oflag=direct", &count, &output]).output();
+    let done = done.map_err(|e| e.to_string())?;
+    let device = std::os::unix::fs::MetadataExt::dev(&dir.path().metadata().map_err(|e| e.to_string())?);
+    if !done.status.success() || nix::sys::stat::major(device) == 0 {
+        return Err("temporary files are not on a disk".to_owned());
+    }
+    Ok(format!("outside {kib} KiB are written in {:?}", begun.elapsed()))
+}
+
 #[test]
 fn a49_storms_of_writes() {
-    skipped(
-        "49: storms of fsync and of writes",
-        "io.max; a file system of its own in memory",
-        "what a job writes to its scratch space is in memory; no disk is reached",
-    );
+    Attack::new("49: storms of fsync and of writes", "io.max, blkio.throttle", |site| {
+        let limits = json!({"io_write_bytes_per_s": 512 << 10, "wall_time_ms": 120_000});
+        let storm = "i=0; while [ $i -lt 64 ]; do dd if=/dev/zero of=/v/x bs=64k count=1 conv=fsync 2> /dev/null; i=$((i+1)); done";
+        let result = site.job(&on_disk(storm, &limits));
+        let took = result["usage"]["wall_time_ms"].as_u64().unwrap_or(0);
+        // 4 MiB are 8 seconds' worth.
+        Outcome::held_if(result["status"] == "succeeded" && took >= 6000, format!("4 MiB in {took} ms"))
+    })
+    .control(|| write_outside(4096))
+    .bites_without(&[Defence::IoRates])
+    .run();
+}
+
+#[test]
+fn a52_writes_that_outlive_their_job() {
+    Attack::new(
+        "52: be killed while a write is held back",
+        "rates are lifted when a job is killed",
+        |site| {
+            let limits = json!({"io_write_bytes_per_s": 64 << 10, "wall_time_ms": 500});
+            let write = "dd if=/dev/zero of=/v/x bs=2M count=1 oflag=direct";
+            let result = site.job(&on_disk(write, &limits));
+            let took = result["usage"]["wall_time_ms"].as_u64().unwrap_or(u64::MAX);
+            // 2 MiB are 32 seconds' worth.
+            let held = result["reason"] == "wall_time" && took < 20_000;
+            Outcome::held_if(held, format!("{} after {took} ms", result["reason"]))
+        },
+    )
+    .control(|| write_outside(2048))
+    .bites_without(&[Defence::LiftedRates])
+    .run();
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod bounds;
 mod commands;
 mod ends;
 mod input;
+mod io;
 mod layers;
 mod memory;
 mod output;
@@ -51,6 +52,7 @@ fn every_program_gets_its_verdict() {
         layers::rows,
         volumes::rows,
         scratch::rows,
+        io::rows,
     ] {
         rows.extend(part());
     }

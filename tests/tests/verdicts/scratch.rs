@@ -25,7 +25,7 @@ pub(crate) fn rows() -> Vec<Row> {
     [space(), inodes(), attacks(), life()].into_iter().flatten().map(|row| row.with_env(SETTING)).collect()
 }
 
-fn possible() -> Result<(), String> {
+pub(crate) fn possible() -> Result<(), String> {
     if !["/sbin/mkfs.ext4", "/usr/sbin/mkfs.ext4"].into_iter().any(|path| Path::new(path).exists()) {
         return Err("mkfs.ext4 (e2fsprogs) is missing".to_owned());
     }

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use hutch_sandbox_sys::defence::{Defence, without};
 
-use super::{Controller, JobCgroup, Version, read_text, write_file};
+use super::disks::Disk;
+use super::{Controller, JobCgroup, Version, read_text, v1, write_file};
 
 /// Prefix of the name of every home; the worker's pid and start time follow.
 const HOME_PREFIX: &str = "hutch-";
@@ -31,6 +32,8 @@ pub(crate) struct Hierarchy {
 pub(crate) struct Cgroups {
     pub(crate) hierarchies: Vec<Hierarchy>,
     pub(crate) home_name: String,
+    /// The disks that jobs can come to, as far as is known.
+    pub(super) disks: Arc<[Disk]>,
     /// Groups made ahead, each for one job.
     pub(super) spare: Mutex<Vec<JobCgroup>>,
 }
@@ -89,7 +92,12 @@ impl Cgroups {
         let read = |path| fs::read_to_string(path).map_err(|source| FindError::Proc { path, source });
         let places = places(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?);
         let home_name = format!("{HOME_PREFIX}{}", own_identity());
-        let mut cgroups = Self { hierarchies: Vec::new(), home_name, spare: Mutex::new(Vec::new()) };
+        let mut cgroups = Self {
+            hierarchies: Vec::new(),
+            home_name,
+            disks: Arc::new([]),
+            spare: Mutex::new(Vec::new()),
+        };
         let mut taken: Vec<Controller> = Vec::new();
         let mut unified = None;
         for (version, parent, controllers) in places {
@@ -169,6 +177,29 @@ impl Cgroups {
             Version::V2 => "cpuset.cpus.effective",
         };
         Some(read_text(&place.home, file))
+    }
+
+    /// Has the use of these directories' disks counted, and limited where a job is to be.
+    ///
+    /// # Errors
+    /// Why their use cannot be limited here.
+    pub(crate) fn watch_disks(&mut self, data_dir: &Path, others: &[&Path]) -> Result<(), String> {
+        let (disks, unknown) = Disk::all_of(data_dir, others);
+        self.disks = disks.into();
+        let place = self.hierarchies.iter().find(|place| place.controllers.contains(&Controller::Io));
+        let place = place.ok_or("it has no io controller (blkio on cgroup v1)")?;
+        if place.version == Version::V1 {
+            v1::count_io(&place.home, &self.disks);
+        }
+        let file = match place.version {
+            Version::V1 => "blkio.throttle.write_bps_device",
+            // The home's own limit would be the jobs' together.
+            Version::V2 => "io.max",
+        };
+        if !place.home.join(file).exists() {
+            return Err("its kernel does not hold I/O back (CONFIG_BLK_DEV_THROTTLING)".to_owned());
+        }
+        unknown.map_or(Ok(()), Err)
     }
 
     /// Whether swap can be limited: by the kernel's accounting, or because there is none.

@@ -7,6 +7,7 @@
 //!
 //! After cgroup-v1 and cgroup-v2 of the kernel's documentation, and cgroups(7).
 
+mod disks;
 mod find;
 mod v1;
 mod v2;
@@ -22,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use hutch_proto::Limits;
 
+use disks::Disk;
 pub(crate) use find::Cgroups;
 
 /// A resource that cgroups hold.
@@ -97,6 +99,8 @@ struct Place {
     controllers: Vec<Controller>,
     dir: PathBuf,
     kept: Vec<Kept>,
+    /// The disks whose use is counted and limited.
+    disks: Arc<[Disk]>,
 }
 
 /// A control file that is open.
@@ -108,9 +112,14 @@ struct Kept {
 }
 
 impl Place {
-    fn make(version: Version, controllers: Vec<Controller>, dir: PathBuf) -> Result<Self, CgroupError> {
+    fn make(
+        version: Version,
+        controllers: Vec<Controller>,
+        dir: PathBuf,
+        disks: Arc<[Disk]>,
+    ) -> Result<Self, CgroupError> {
         fs::create_dir(&dir).map_err(CgroupError::of("make", &dir))?;
-        let mut place = Self { version, controllers, dir, kept: Vec::new() };
+        let mut place = Self { version, controllers, dir, kept: Vec::new(), disks };
         let files = match version {
             Version::V1 => v1::KEPT,
             Version::V2 => v2::KEPT,
@@ -163,6 +172,24 @@ impl Place {
                 Version::V1 => v1::read(*controller, self, readings),
                 Version::V2 => v2::read(*controller, self, readings),
             }
+        }
+    }
+}
+
+/// How fast a disk may be used: bytes and operations a second, of reads and of writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct IoRates {
+    bytes: [Option<u64>; 2],
+    ops: [Option<u64>; 2],
+}
+
+impl IoRates {
+    const LIFTED: Self = Self { bytes: [None; 2], ops: [None; 2] };
+
+    fn of(limits: &Limits) -> Self {
+        Self {
+            bytes: [limits.io_read_bytes_per_s, limits.io_write_bytes_per_s],
+            ops: [limits.io_read_ops_per_s, limits.io_write_ops_per_s],
         }
     }
 }
@@ -238,7 +265,8 @@ impl Cgroups {
             if controllers.is_empty() {
                 continue;
             }
-            let place = Place::make(hierarchy.version, controllers, hierarchy.home.join(&name))?;
+            let (dir, disks) = (hierarchy.home.join(&name), Arc::clone(&self.disks));
+            let place = Place::make(hierarchy.version, controllers, dir, disks)?;
             if place.version == Version::V1 && place.has(Controller::Memory) {
                 let event = v1::out_of_memory(&place.dir);
                 out_of_memory = Some(event.map_err(CgroupError::of("watch", &place.dir))?);
@@ -303,6 +331,33 @@ impl JobCgroup {
             }
         }
         readings.cpu_us()
+    }
+
+    /// Only what was read from disks and written to them, in bytes.
+    pub(crate) fn io_bytes(&self) -> (u64, u64) {
+        let mut readings = Readings::default();
+        for place in self.places.iter().filter(|place| place.has(Controller::Io)) {
+            match place.version {
+                Version::V1 => v1::read(Controller::Io, place, &mut readings),
+                Version::V2 => v2::read(Controller::Io, place, &mut readings),
+            }
+        }
+        (readings.io_read_bytes, readings.io_write_bytes)
+    }
+
+    /// Lets all that waits for a disk go ahead: a process cannot die while its reads or writes are held back.
+    pub(crate) fn lift_io_rates(&self) {
+        for place in self.places.iter().filter(|place| place.has(Controller::Io)) {
+            let settings = match place.version {
+                Version::V1 => v1::io_rates(IoRates::LIFTED, place),
+                Version::V2 => v2::io_rates(IoRates::LIFTED, place),
+            };
+            for (file, value) in settings {
+                if let Err(e) = place.write(file, &value) {
+                    tracing::warn!(dir = %place.dir.display(), file, error = %e, "a disk's rate is not lifted");
+                }
+            }
+        }
     }
 
     /// Takes the descriptor that becomes readable when memory runs out.

@@ -8,7 +8,7 @@ use std::path::Path;
 use hutch_proto::Limits;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::{Access, Controller, Place, Readings, keyed, read_text, write_file};
+use super::{Access, Controller, IoRates, Place, Readings, disks, keyed, read_text, write_file};
 
 /// Microseconds over which a quota is counted: the kernel's default.
 const PERIOD_US: u64 = 100_000;
@@ -63,10 +63,40 @@ pub(super) fn settings(limits: &Limits, place: &Place) -> Vec<(&'static str, Str
                 settings.push(("cpuset.mems", read_text(parent, "cpuset.mems").trim().to_owned()));
                 settings.push(("cpuset.cpus", limits.cpuset.clone().unwrap_or_default()));
             }
-            Controller::Cpuacct | Controller::Io => {}
+            Controller::Io => {
+                let rates = IoRates::of(limits);
+                if rates != IoRates::LIFTED {
+                    settings.extend(io_rates(rates, place));
+                }
+            }
+            Controller::Cpuacct => {}
         }
     }
     settings
+}
+
+/// What to write so that each disk has these rates; 0 is none.
+pub(super) fn io_rates(rates: IoRates, place: &Place) -> Vec<(&'static str, String)> {
+    let [read_bytes, write_bytes] = rates.bytes;
+    let [read_ops, write_ops] = rates.ops;
+    let files = [
+        ("blkio.throttle.read_bps_device", read_bytes),
+        ("blkio.throttle.write_bps_device", write_bytes),
+        ("blkio.throttle.read_iops_device", read_ops),
+        ("blkio.throttle.write_iops_device", write_ops),
+    ];
+    let of_disk = |disk: &disks::Disk| files.map(|(file, rate)| (file, format!("{disk} {}", rate.unwrap_or(0))));
+    place.disks.iter().flat_map(of_disk).collect()
+}
+
+/// Has the kernel count what is read from the disks and written to them: newer ones (6.10) begin when a rate is first
+/// set for a disk, by whomever; that there is none does as well.
+pub(super) fn count_io(home: &Path, disks: &[disks::Disk]) {
+    for disk in disks {
+        if let Err(e) = write_file(&home.join("blkio.throttle.read_bps_device"), &format!("{disk} 0")) {
+            tracing::warn!(%disk, error = %e, "what jobs read from this disk and write to it is not counted");
+        }
+    }
 }
 
 /// Microseconds of a period for this share of a processor; the kernel takes no less than 1,000.
@@ -97,8 +127,8 @@ pub(super) fn read(controller: Controller, place: &Place, readings: &mut Reading
         }
         Controller::Io => {
             let text = place.text("blkio.throttle.io_service_bytes");
-            readings.io_read_bytes = device_sum(&text, "Read");
-            readings.io_write_bytes = device_sum(&text, "Write");
+            readings.io_read_bytes = device_sum(&text, "Read", &place.disks);
+            readings.io_write_bytes = device_sum(&text, "Write", &place.disks);
         }
         Controller::Cpuset => {}
     }
@@ -115,12 +145,13 @@ fn memory_limit_hits(place: &Place, peak_bytes: u64) -> u64 {
     ["memory.failcnt", "memory.memsw.failcnt"].into_iter().filter_map(|file| place.number(file)).sum()
 }
 
-/// The sum over devices of `MAJOR:MINOR OPERATION BYTES` lines.
-fn device_sum(text: &str, operation: &str) -> u64 {
+/// The sum over disks of `MAJOR:MINOR OPERATION BYTES` lines.
+fn device_sum(text: &str, operation: &str, disks: &[disks::Disk]) -> u64 {
     text.lines()
         .filter_map(|line| {
-            let mut words = line.split_whitespace().skip(1);
-            (words.next()? == operation).then(|| words.next()?.parse::<u64>().ok()).flatten()
+            let mut words = line.split_whitespace();
+            let counts = disks::is_among(words.next()?, disks);
+            (words.next()? == operation && counts).then(|| words.next()?.parse::<u64>().ok()).flatten()
         })
         .sum()
 }
@@ -140,9 +171,10 @@ mod tests {
     #[test]
     fn lines_of_devices_add_up() {
         let text = "8:0 Read 100\n8:0 Write 7\n8:16 Read 1\n8:0 Total 107\nTotal 108\n";
-        assert_eq!(device_sum(text, "Read"), 101);
-        assert_eq!(device_sum(text, "Write"), 7);
-        assert_eq!(device_sum("", "Read"), 0);
+        assert_eq!(device_sum(text, "Read", &[]), 101);
+        assert_eq!(device_sum(text, "Write", &[]), 7);
+        assert_eq!(device_sum("", "Read", &[]), 0);
+        assert_eq!(device_sum(text, "Read", &[disks::Disk { major: 8, minor: 0 }]), 100);
     }
 
     #[test]

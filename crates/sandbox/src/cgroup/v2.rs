@@ -5,7 +5,7 @@ use std::path::Path;
 use hutch_proto::Limits;
 
 use super::v1::quota_us;
-use super::{Access, Controller, Place, Readings, keyed, read_text};
+use super::{Access, Controller, IoRates, Place, Readings, disks, keyed, read_text};
 
 /// Files that every job needs.
 pub(super) const KEPT: &[(Controller, &str, Access)] = &[
@@ -38,10 +38,24 @@ pub(super) fn settings(limits: &Limits, place: &Place) -> Vec<(&'static str, Str
             Controller::Pids => settings.push(("pids.max", limits.pids.to_string())),
             Controller::Cpu => settings.push(("cpu.max", format!("{} 100000", quota_us(limits.cpu_millis)))),
             Controller::Cpuset => settings.push(("cpuset.cpus", limits.cpuset.clone().unwrap_or_default())),
-            Controller::Cpuacct | Controller::Io => {}
+            Controller::Io => {
+                let rates = IoRates::of(limits);
+                if rates != IoRates::LIFTED {
+                    settings.extend(io_rates(rates, place));
+                }
+            }
+            Controller::Cpuacct => {}
         }
     }
     settings
+}
+
+/// What to write so that each disk has these rates.
+pub(super) fn io_rates(rates: IoRates, place: &Place) -> Vec<(&'static str, String)> {
+    let word = |rate: Option<u64>| rate.map_or("max".to_owned(), |rate| rate.to_string());
+    let ([read_bytes, write_bytes], [read_ops, write_ops]) = (rates.bytes.map(word), rates.ops.map(word));
+    let all = format!("rbps={read_bytes} wbps={write_bytes} riops={read_ops} wiops={write_ops}");
+    place.disks.iter().map(|disk| ("io.max", format!("{disk} {all}"))).collect()
 }
 
 /// Adds what one controller counted.
@@ -65,11 +79,17 @@ pub(super) fn read(controller: Controller, place: &Place, readings: &mut Reading
         }
         Controller::Io => {
             let text = place.text("io.stat");
-            readings.io_read_bytes = field_sum(&text, "rbytes=");
-            readings.io_write_bytes = field_sum(&text, "wbytes=");
+            readings.io_read_bytes = device_sum(&text, "rbytes=", &place.disks);
+            readings.io_write_bytes = device_sum(&text, "wbytes=", &place.disks);
         }
         Controller::Cpuacct | Controller::Cpuset => {}
     }
+}
+
+/// The sum over disks of the number behind `key`.
+fn device_sum(text: &str, key: &str, disks: &[disks::Disk]) -> u64 {
+    let lines = text.lines().filter(|line| disks::is_among(line.split(' ').next().unwrap_or_default(), disks));
+    lines.map(|line| field_sum(line, key)).sum()
 }
 
 /// The sum over lines of the number behind `key`.
@@ -98,7 +118,8 @@ mod tests {
     #[test]
     fn io_stat_adds_up() {
         let text = "8:0 rbytes=10 wbytes=3 rios=1 wios=1\n8:16 rbytes=5 wbytes=0\n";
-        assert_eq!(field_sum(text, "rbytes="), 15);
-        assert_eq!(field_sum(text, "wbytes="), 3);
+        assert_eq!(device_sum(text, "rbytes=", &[]), 15);
+        assert_eq!(device_sum(text, "wbytes=", &[]), 3);
+        assert_eq!(device_sum(text, "rbytes=", &[disks::Disk { major: 8, minor: 16 }]), 5);
     }
 }

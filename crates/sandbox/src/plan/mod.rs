@@ -40,6 +40,8 @@ pub(crate) struct Abilities {
     pub(crate) images: Result<(), String>,
     /// Whether jobs can have a way out; if not, why.
     pub(crate) egress: Result<(), String>,
+    /// Whether the use of disks can be limited; if not, why.
+    pub(crate) io: Result<(), String>,
 }
 
 /// Resource limits that this process cannot raise: getrlimit(2).
@@ -242,6 +244,19 @@ fn check_abilities(
     ] {
         if wanted > most {
             let message = format!("{wanted} is above what this host allows: {most}");
+            return Err(Refusal::spec(&format!("{path}.{name}"), message));
+        }
+    }
+    for (name, wanted) in [
+        ("io_read_bytes_per_s", limits.io_read_bytes_per_s),
+        ("io_write_bytes_per_s", limits.io_write_bytes_per_s),
+        ("io_read_ops_per_s", limits.io_read_ops_per_s),
+        ("io_write_ops_per_s", limits.io_write_ops_per_s),
+        ("io_read_bytes", limits.io_read_bytes),
+        ("io_write_bytes", limits.io_write_bytes),
+    ] {
+        if let (Some(_), Err(why)) = (wanted, &abilities.io) {
+            let message = format!("this host cannot limit the use of disks: {why}");
             return Err(Refusal::spec(&format!("{path}.{name}"), message));
         }
     }

@@ -19,6 +19,7 @@ fn abilities() -> Abilities {
         swap: true,
         hard_limits: HardLimits { open_files: 4096, stack_bytes: 1 << 30, core_bytes: 0 },
         images: Err("no loop devices".to_owned()),
+        io: Err("no io controller".to_owned()),
     }
 }
 

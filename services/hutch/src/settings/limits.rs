@@ -67,7 +67,7 @@ fn number(name: &str, value: &NumberOrText) -> Result<Value, String> {
     if name == "cpuset" || name == "output_overflow" {
         return Ok(text.as_str().into());
     }
-    if name.ends_with("_bytes") {
+    if name.ends_with("_bytes") || name.ends_with("_bytes_per_s") {
         return ByteSize::from_str(text).map(|size| size.0.into());
     }
     if name.ends_with("_ms") {
