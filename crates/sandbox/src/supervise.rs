@@ -454,8 +454,9 @@ impl Watch<'_> {
 
     /// What waits for a disk cannot die before it had its turn.
     fn let_io_go(&self) {
-        let Limits { io_read_bytes_per_s, io_write_bytes_per_s, io_read_ops_per_s, io_write_ops_per_s, .. } =
-            self.limits;
+        let Limits {
+            io_read_bytes_per_s, io_write_bytes_per_s, io_read_ops_per_s, io_write_ops_per_s, ..
+        } = self.limits;
         let rates = [io_read_bytes_per_s, io_write_bytes_per_s, io_read_ops_per_s, io_write_ops_per_s];
         if rates.into_iter().any(Option::is_some) && !without(Defence::LiftedRates) {
             self.cgroup.lift_io_rates();

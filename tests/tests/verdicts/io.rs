@@ -53,7 +53,8 @@ fn rates() -> Vec<Row> {
         row("a disk that is written to as fast as it takes it", with(WRITE, json!({})))
             // Once, though it goes through a second device.
             .usage("io_write_bytes", 4 * MIB..=6 * MIB),
-        slow("bytes written a second", with(WRITE, written.clone())).usage("io_write_bytes", 4 * MIB..=6 * MIB),
+        slow("bytes written a second", with(WRITE, written.clone()))
+            .usage("io_write_bytes", 4 * MIB..=6 * MIB),
         slow("writes a second", with(WRITE, json!({"io_write_ops_per_s": 32}))),
         slow(
             "bytes written a second, when they are waited for",
@@ -89,12 +90,18 @@ fn totals() -> Vec<Row> {
             .hits(Reason::Disk, "io_write_bytes", 8 * MIB, more.clone())
             .usage("io_write_bytes", more.clone())
             .says("8388608 bytes allowed"),
-        row("bytes written in all, to a volume", with(&endless.replace("/tmp", "/v"), json!({"io_write_bytes": 8 * MIB})).set("volumes", json!([{"volume": "total", "target": "/v"}])))
-            .hits(Reason::Disk, "io_write_bytes", 8 * MIB, more.clone()),
+        row(
+            "bytes written in all, to a volume",
+            with(&endless.replace("/tmp", "/v"), json!({"io_write_bytes": 8 * MIB}))
+                .set("volumes", json!([{"volume": "total", "target": "/v"}])),
+        )
+        .hits(Reason::Disk, "io_write_bytes", 8 * MIB, more.clone()),
         row(
             "bytes read in all",
             with(
-                &format!("{WRITE}; while :; do dd if=/tmp/x of=/dev/null bs=64k iflag=direct 2> /dev/null; done"),
+                &format!(
+                    "{WRITE}; while :; do dd if=/tmp/x of=/dev/null bs=64k iflag=direct 2> /dev/null; done"
+                ),
                 json!({"io_read_bytes": 8 * MIB}),
             ),
         )
@@ -102,7 +109,8 @@ fn totals() -> Vec<Row> {
         row("more than is allowed, quicker than we look", with(WRITE, json!({"io_write_bytes": MIB})))
             .hits(Reason::Disk, "io_write_bytes", MIB, MIB + 1..=u64::MAX)
             .however_it_ended(),
-        row("no more than is allowed", with(WRITE, json!({"io_write_bytes": 16 * MIB}))).usage("io_write_bytes", SOME),
+        row("no more than is allowed", with(WRITE, json!({"io_write_bytes": 16 * MIB})))
+            .usage("io_write_bytes", SOME),
         row(
             "the bytes of each step are its own",
             crate::row::steps(json!([
@@ -120,9 +128,12 @@ fn ends() -> Vec<Row> {
     let slow = json!({"io_write_bytes_per_s": 64 << 10});
     let write = "dd if=/dev/zero of=/tmp/x bs=32M count=1 oflag=direct 2> /dev/null";
     vec![
-        row("a write under way, when time is up", with(write, slow.clone()).limits(json!({"wall_time_ms": 1000})))
-            .hits(Reason::WallTime, "wall_time_ms", 1000, 1000..=60_000)
-            .usage("wall_time_ms", 1000..=60_000),
+        row(
+            "a write under way, when time is up",
+            with(write, slow.clone()).limits(json!({"wall_time_ms": 1000})),
+        )
+        .hits(Reason::WallTime, "wall_time_ms", 1000, 1000..=60_000)
+        .usage("wall_time_ms", 1000..=60_000),
         row("a write under way, when the program ends", with(&format!("{write} & sleep 1; exit 3"), slow))
             .exits(3)
             .usage("io_write_bytes", ANY),

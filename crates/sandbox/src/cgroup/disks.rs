@@ -35,7 +35,8 @@ impl Disk {
                 Some(disk) if disks.contains(&disk) => {}
                 Some(disk) => disks.push(disk),
                 // What is in memory alone needs no disk; scratch space on it would be behind a device of its own.
-                None if *dir != data_dir && statfs(*dir).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC) => {}
+                None if *dir != data_dir
+                    && statfs(*dir).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC) => {}
                 None => {
                     unknown.get_or_insert(format!("{} is not on a disk, or not on one alone", dir.display()));
                 }

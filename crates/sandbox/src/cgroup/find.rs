@@ -92,12 +92,8 @@ impl Cgroups {
         let read = |path| fs::read_to_string(path).map_err(|source| FindError::Proc { path, source });
         let places = places(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?);
         let home_name = format!("{HOME_PREFIX}{}", own_identity());
-        let mut cgroups = Self {
-            hierarchies: Vec::new(),
-            home_name,
-            disks: Arc::new([]),
-            spare: Mutex::new(Vec::new()),
-        };
+        let mut cgroups =
+            Self { hierarchies: Vec::new(), home_name, disks: Arc::new([]), spare: Mutex::new(Vec::new()) };
         let mut taken: Vec<Controller> = Vec::new();
         let mut unified = None;
         for (version, parent, controllers) in places {

@@ -85,7 +85,8 @@ pub(super) fn io_rates(rates: IoRates, place: &Place) -> Vec<(&'static str, Stri
         ("blkio.throttle.read_iops_device", read_ops),
         ("blkio.throttle.write_iops_device", write_ops),
     ];
-    let of_disk = |disk: &disks::Disk| files.map(|(file, rate)| (file, format!("{disk} {}", rate.unwrap_or(0))));
+    let of_disk =
+        |disk: &disks::Disk| files.map(|(file, rate)| (file, format!("{disk} {}", rate.unwrap_or(0))));
     place.disks.iter().flat_map(of_disk).collect()
 }
 

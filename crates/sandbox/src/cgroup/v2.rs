@@ -88,7 +88,8 @@ pub(super) fn read(controller: Controller, place: &Place, readings: &mut Reading
 
 /// The sum over disks of the number behind `key`.
 fn device_sum(text: &str, key: &str, disks: &[disks::Disk]) -> u64 {
-    let lines = text.lines().filter(|line| disks::is_among(line.split(' ').next().unwrap_or_default(), disks));
+    let lines =
+        text.lines().filter(|line| disks::is_among(line.split(' ').next().unwrap_or_default(), disks));
     lines.map(|line| field_sum(line, key)).sum()
 }
 
