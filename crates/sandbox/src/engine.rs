@@ -453,7 +453,7 @@ impl Engine {
     }
 
     /// Where it keeps what is its own.
-    pub(crate) fn data_dir(&self) -> &std::path::Path {
+    pub(crate) fn data_dir(&self) -> &Path {
         &self.0.config.data_dir
     }
 

@@ -66,6 +66,7 @@ pub mod measured {
             swap: true,
             hard_limits: host::hard_limits(),
             images: Err(String::new()),
+            io: Err(String::new()),
             egress: Err(String::new()),
         };
         JobPlan::new(spec, config, &abilities).map(|plan| plan.steps.len()).map_err(|e| e.message)
