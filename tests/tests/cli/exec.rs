@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 use hutch_tests::broker::Broker;
 use hutch_tests::house::{Done, House, Served};
 use hutch_tests::person;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 /// How long anything may take on a machine with much to do.
@@ -71,7 +70,7 @@ impl<'a> Running<'a> {
         listed.stdout.trim().parse().unwrap_or_else(|_| panic!("{listed:?}"))
     }
 
-    /// A command that is ended has its program ended.
+    /// A command that is killed has its program ended: it cannot say anything any more.
     fn ends_with_its_command(&self) {
         let mut command =
             self.house.command(&self.arguments(&[], &["sh", "-c", "echo begun; exec tail -f /dev/null"]));
@@ -79,7 +78,7 @@ impl<'a> Running<'a> {
         let mut begun = [0; 6];
         child.stdout.as_mut().expect("stdout").read_exact(&mut begun).expect("begun");
         assert_eq!(self.processes("tail"), 1);
-        kill(Pid::from_raw(i32::try_from(child.id()).expect("pid")), Signal::SIGINT).expect("signal");
+        child.kill().expect("kill");
         child.wait().expect("ended");
         let ended = Instant::now();
         while self.processes("tail") > 0 {
