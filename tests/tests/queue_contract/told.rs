@@ -27,7 +27,8 @@ pub(crate) async fn a_huge_result_is_cut_and_told<H: Home>() {
     for stream in [&told.stdout, &told.stderr] {
         assert!(stream.truncated);
         assert_eq!(stream.bytes, 64 << 20);
-        assert!(stream.data.len() > 4 << 20, "{}", stream.data.len());
+        // Its half of 10 MiB, as base64.
+        assert!(stream.data.len() > 3 << 20, "{}", stream.data.len());
     }
 }
 
