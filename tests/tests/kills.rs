@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 
 const JOBS: usize = 200;
 const KILLS: usize = 10;
-/// How soon after a kill nothing may be left.
-const SOON: Duration = Duration::from_secs(5);
+/// How soon after a kill nothing may be left, on a machine with much to do.
+const SOON: Duration = Duration::from_secs(60);
 /// Longer than all jobs take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(180);
 

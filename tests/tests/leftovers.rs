@@ -16,8 +16,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-/// How soon after a kill nothing may be left.
-const SOON: Duration = Duration::from_secs(2);
+/// How soon after a kill nothing may be left, on a machine with much to do.
+const SOON: Duration = Duration::from_secs(30);
 
 /// How many jobs are many.
 fn many() -> usize {
